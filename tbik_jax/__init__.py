@@ -1,0 +1,1 @@
+"""Bitwise-identical Flax transformers on any device mesh."""
