@@ -1,0 +1,65 @@
+"""Floating-point steps whose bits no compiler decides.
+
+XLA contracts ``a * b + c`` into one fused multiply-add where it sees fit (on the CPU it depends on the local shape, down
+to the last element of a vector), and drops a rounding to bf16 between two fusions. Each helper here pins one such choice.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+Array = jax.Array
+
+_EXPONENT_AND_MANTISSA = {"bfloat16": (8, 7), "float16": (5, 10)}
+
+
+def product(a: Array, b: Array | float) -> Array:
+    """``a * b``, rounded before anyone adds to it.
+
+    The select keeps LLVM from contracting the product with a following add: it may not assume that a value is not NaN.
+    ``lax.optimization_barrier`` and ``lax.reduce_precision`` do not do this on XLA:CPU.
+    """
+    value = a * b
+    return jnp.where(value == value, value, jnp.nan)
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """``a / b``, rounded: XLA may turn it into a product with a reciprocal, which an add could then swallow."""
+    value = a / b
+    return jnp.where(value == value, value, jnp.nan)
+
+
+def cast(x: Array, dtype: DTypeLike) -> Array:
+    """Round to ``dtype`` in any case.
+
+    ``xla_allow_excess_precision`` (on by default) lets XLA delete an f32 -> bf16 -> f32 round trip. ``reduce_precision``
+    is never deleted, and after it the round trip is exact, so deleting it changes nothing.
+    """
+    dtype = jnp.dtype(dtype)
+    if x.dtype == dtype:
+        return x
+    if dtype.name in _EXPONENT_AND_MANTISSA:
+        exponent, mantissa = _EXPONENT_AND_MANTISSA[dtype.name]
+        x = lax.reduce_precision(x, exponent_bits=exponent, mantissa_bits=mantissa)
+    return x.astype(dtype)
+
+
+def tree_sum(x: Array, axis: int = -1, *, keepdims: bool = False) -> Array:
+    """Sum over one axis by halving: element i of the lower half plus element i of the upper half, until one is left.
+
+    An odd element in the middle is carried to the next round. Additions only, element by element, so the order is a
+    function of the axis length alone (``jnp.sum`` on XLA:CPU also looks at the number of rows).
+    """
+    axis = axis % x.ndim
+    while (n := x.shape[axis]) > 1:
+        half = n // 2
+        low = lax.slice_in_dim(x, 0, half, axis=axis)
+        high = lax.slice_in_dim(x, n - half, n, axis=axis)
+        total = low + high
+        if n % 2:
+            total = lax.concatenate([total, lax.slice_in_dim(x, half, half + 1, axis=axis)], axis)
+        x = total
+    return x if keepdims else lax.squeeze(x, (axis,))

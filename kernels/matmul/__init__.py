@@ -1,0 +1,1 @@
+"""Products by leaf: the partial sums that the canonical tree adds."""
