@@ -72,7 +72,8 @@ def fields_from_gguf(
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         problems.unsupported(
-            f"general.architecture = {architecture!r} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+            f"general.architecture = {architecture!r} is not supported; supported are "
+            f"{', '.join(_ARCHITECTURES)}"
         )
         return {}
     own = {
@@ -142,7 +143,8 @@ def _refuse_other_functions(
     window, longest = own.get("attention.sliding_window"), fields.get("max_position_embeddings")
     if window and isinstance(longest, int) and (not isinstance(window, int) or window < longest):
         problems.unsupported(
-            f"{architecture}.attention.sliding_window = {window!r} is under the context length {longest}; attention is full"
+            f"{architecture}.attention.sliding_window = {window!r} is under the context length {longest}; "
+            "attention is full"
         )
 
 
@@ -151,11 +153,15 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor")
     if kind not in ("none", "linear", "yarn"):
-        problems.unsupported(f"rope.scaling.type = {kind!r} is not supported; supported are none, linear and yarn")
+        problems.unsupported(
+            f"rope.scaling.type = {kind!r} is not supported; supported are none, linear and yarn"
+        )
         return None
     if factors is not None:
         if kind != "none":
-            problems.unsupported(f"{ROPE_FACTORS} together with rope.scaling.type = {kind!r} is not supported")
+            problems.unsupported(
+                f"{ROPE_FACTORS} together with rope.scaling.type = {kind!r} is not supported"
+            )
             return None
         return _llama3_scaling(fields, factors, problems)
     if kind == "none":
@@ -173,26 +179,26 @@ def _rope_scaling(
 
 
 def _llama3_scaling(fields: Mapping[str, Any], factors: Float64, problems: Problems) -> dict[str, Any] | None:
-    """Recognise Llama 3's constants in the divisors that they lead to; anything else is refused, not approximated."""
+    """Recognise Llama 3's constants by the divisors that they lead to; anything else is refused."""
     head_dim, theta = fields.get("head_dim"), fields["rope_theta"]
     if not isinstance(head_dim, int) or factors.shape != (head_dim // 2,):
         problems.add(f"{ROPE_FACTORS} has shape {list(factors.shape)}, not head size / 2 = {head_dim} / 2")
         return None
     if np.all(factors == 1.0):
         return None
-    factor = _shortest(factors.max())
+    factor = _shortest(np.max(factors))
     if np.all(np.isfinite(factors)) and factor >= 1:
         scaling = RopeScaling("llama3", factor, **_LLAMA3)  # type: ignore[arg-type]
         plain = unscaled_frequencies(theta, head_dim)
         if np.allclose(plain / llama3_frequencies(plain, scaling), factors, rtol=_FACTORS_TOLERANCE, atol=0):
             return dataclasses.asdict(scaling)
     problems.unsupported(
-        f"{ROPE_FACTORS} is not what Llama 3's scaling gives (low_freq_factor 1, high_freq_factor 4, original context "
-        f"8192, here with factor {factor}); other frequency factors are not supported"
+        f"{ROPE_FACTORS} is not what Llama 3's scaling gives (low_freq_factor 1, high_freq_factor 4, "
+        f"original context 8192, here with factor {factor}); other frequency factors are not supported"
     )
     return None
 
 
 def _shortest(value: Any) -> Any:
-    """The shortest decimal that is this float32: GGUF's 9.999999747378752e-06 is the 1e-05 of the original model."""
+    """The shortest decimal that is this float32: 9.999999747378752e-06 was 1e-05 before it was a GGUF."""
     return float(str(np.float32(value))) if isinstance(value, float | np.floating) else value

@@ -1,8 +1,8 @@
 """The GGUF container: metadata and tensor positions, parsed once; tensor bytes stay on disk.
 
-The ``gguf`` package's own reader makes a NumPy array of every token and merge, seconds for a large vocabulary, and
-reports a truncated file as an index error. This one reads the same format in a fraction of that, and checks every bound.
-Block formats are left to ``gguf.quants``.
+The ``gguf`` package's own reader makes a NumPy array of every token and merge, seconds for a large
+vocabulary, and reports a truncated file as an index error. This one reads the same format in a fraction of
+that, and checks every bound. Block formats are left to ``gguf.quants``.
 
 References: the format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -77,7 +77,9 @@ class GGUFFile:
 
     def _parse(self, cursor: _Cursor, problems: Problems) -> None:
         magic = cursor.take(4)
-        if not problems.check(magic == _MAGIC, f"it starts with {magic!r}, not {_MAGIC!r}; it is not a GGUF file"):
+        if not problems.check(
+            magic == _MAGIC, f"it starts with {magic!r}, not {_MAGIC!r}; it is not a GGUF file"
+        ):
             return
         version = cursor.scalar("I")
         if version not in _VERSIONS:
@@ -117,7 +119,9 @@ class GGUFFile:
         try:
             kind = GGMLQuantizationType(code)
         except ValueError:
-            problems.unsupported(f"{name} has the block format {code}, which this version of gguf does not know")
+            problems.unsupported(
+                f"{name} has the block format {code}, which this version of gguf does not know"
+            )
             return
         tensor = StoredTensor(shape, kind, offset)
         block, _ = GGML_QUANT_SIZES[kind]
@@ -141,14 +145,15 @@ class _Cursor:
     """Reads a little-endian header front to back, never past its end."""
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
-        self._data = memoryview(data)
+        self._data = data.data
         self.position = 0
 
     def take(self, size: int) -> bytes:
         end = self.position + size
         if end > len(self._data):
             raise _MalformedError(
-                f"its header asks for byte {end} of a file of {len(self._data)}; it is truncated or corrupt, fetch it again"
+                f"its header asks for byte {end} of a file of {len(self._data)}; it is truncated or corrupt, "
+                "fetch it again"
             )
         taken = self._data[self.position : end].tobytes()
         self.position = end
@@ -177,6 +182,8 @@ class _Cursor:
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
-            raise _MalformedError(f"the array before byte {self.position} has elements of the unknown type {kind}")
+            raise _MalformedError(
+                f"the array before byte {self.position} has elements of the unknown type {kind}"
+            )
         code = _SCALARS[kind]
         return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))

@@ -58,8 +58,8 @@ _INERT: dict[str, tuple[object, ...]] = {
 _MISTRAL_DEFAULT_WINDOW = 4096
 
 _LENGTH_DEPENDENT = (
-    "its frequencies depend on the length of the sequence, so a cached key would be rotated differently from the same "
-    "key in a longer prefill, and the two could not agree"
+    "its frequencies depend on the length of the sequence, so a cached key would be rotated differently "
+    "from the same key in a longer prefill, and the two could not agree"
 )
 _ROPE_REFUSED = {"dynamic": _LENGTH_DEPENDENT, "longrope": _LENGTH_DEPENDENT, "su": _LENGTH_DEPENDENT}
 _YARN_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -72,7 +72,7 @@ _ROPE_KNOWN = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}.union
 
 
 def fields_from_hf(data: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """The fields of a ``ModelConfig`` in ``data``; what is wrong goes to ``problems``, and those fields are left out."""
+    """The fields of a ``ModelConfig`` in ``data``; what is wrong or missing goes to ``problems``."""
     if not problems.check(
         isinstance(data, Mapping), f"it holds a {type(data).__name__}, not an object with named fields"
     ):
@@ -106,7 +106,7 @@ def fields_from_hf(data: Mapping[str, Any], problems: Problems) -> dict[str, Any
 
 
 def eos_token_ids(data: Mapping[str, Any]) -> tuple[Any, ...]:
-    """``eos_token_id`` of a ``config.json`` or ``generation_config.json``, which is null, an integer or a list."""
+    """``eos_token_id`` of ``config.json`` or ``generation_config.json``: null, an integer or a list."""
     ids = data.get("eos_token_id")
     if ids is None:
         return ()
@@ -124,7 +124,12 @@ def _architecture(data: Mapping[str, Any], problems: Problems) -> str | None:
     if not named:
         problems.add(f"architectures is missing; name one of {supported}")
         return None
-    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and named[0] in _ARCHITECTURES:
+    if (
+        isinstance(named, list)
+        and len(named) == 1
+        and isinstance(named[0], str)
+        and named[0] in _ARCHITECTURES
+    ):
         return _ARCHITECTURES[named[0]]
     problems.unsupported(f"architectures = {named!r} is not supported; supported are {supported}")
     return None
@@ -146,11 +151,12 @@ def _heads(
     elif architecture == "qwen3":
         problems.add("head_dim is missing; in Qwen3 it is not hidden_size / num_attention_heads")
     elif isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        if problems.check(
+        fields["head_dim"] = hidden // heads
+        problems.check(
             hidden % heads == 0,
-            f"head_dim is missing, and hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}",
-        ):
-            fields["head_dim"] = hidden // heads
+            f"head_dim is missing, and hidden_size = {hidden} is not a multiple of "
+            f"num_attention_heads = {heads}",
+        )
     if fields.get("num_kv_heads") is None:
         fields.pop("num_kv_heads", None)
 
@@ -164,16 +170,21 @@ def _rope(data: Mapping[str, Any], fields: dict[str, Any], problems: Problems) -
         parameters = data.get(key)
         if parameters is None:
             continue
-        if not problems.check(isinstance(parameters, Mapping), f"{key} = {parameters!r} is not an object or null"):
+        if not problems.check(
+            isinstance(parameters, Mapping), f"{key} = {parameters!r} is not an object or null"
+        ):
             continue
         if any(isinstance(value, Mapping) for value in parameters.values()):
-            problems.unsupported(f"{key} differs between layers ({', '.join(parameters)}); one set for all is supported")
+            problems.unsupported(
+                f"{key} differs between layers ({', '.join(parameters)}); one set for all is supported"
+            )
             continue
         if parameters.get("rope_theta") is not None:
             thetas[f"{key}.rope_theta"] = parameters["rope_theta"]
         if parameters.get("partial_rotary_factor") not in _INERT["partial_rotary_factor"]:
             problems.unsupported(
-                f"{key}.partial_rotary_factor = {parameters['partial_rotary_factor']!r}: heads are rotated whole"
+                f"{key}.partial_rotary_factor = {parameters['partial_rotary_factor']!r}: heads are rotated "
+                "whole"
             )
         scalings[key] = _rope_scaling(key, parameters, fields.get("max_position_embeddings"), problems)
     first, *others = thetas or {"default": 10000.0}
@@ -206,7 +217,9 @@ def _rope_scaling(
         )
         return None
     for name in parameters.keys() - _ROPE_KNOWN:
-        problems.unsupported(f"{key}.{name} = {parameters[name]!r} is unknown, and may change the frequencies")
+        problems.unsupported(
+            f"{key}.{name} = {parameters[name]!r} is unknown, and may change the frequencies"
+        )
     found = {name: parameters[name] for name in _ROPE_FIELDS[rope_type] if parameters.get(name) is not None}
     if rope_type == "yarn" and max_positions is not None:
         found.setdefault("original_max_position_embeddings", max_positions)
@@ -216,7 +229,9 @@ def _rope_scaling(
 def _refuse_other_functions(data: Mapping[str, Any], architecture: str | None, problems: Problems) -> None:
     act = data.get("hidden_act", "silu")
     if act != "silu":
-        problems.unsupported(f"hidden_act = {act!r} is not supported; the MLP is SwiGLU, whose activation is silu")
+        problems.unsupported(
+            f"hidden_act = {act!r} is not supported; the MLP is SwiGLU, whose activation is silu"
+        )
     for key, inert in _INERT.items():
         value = data.get(key)
         if value not in inert:
@@ -227,8 +242,8 @@ def _refuse_other_functions(data: Mapping[str, Any], architecture: str | None, p
     custom = data.get("auto_map")
     if isinstance(custom, Mapping) and "AutoModelForCausalLM" in custom:
         problems.unsupported(
-            f"auto_map names its own model code, {custom['AutoModelForCausalLM']!r}; it is never run, so its function "
-            "is not known"
+            f"auto_map names its own model code, {custom['AutoModelForCausalLM']!r}; it is never run, so its "
+            "function is not known"
         )
     for key, having in {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}.items():
         if data.get(key) and architecture is not None and architecture not in having:
@@ -238,7 +253,7 @@ def _refuse_other_functions(data: Mapping[str, Any], architecture: str | None, p
 def _refuse_sliding_window(
     data: Mapping[str, Any], architecture: str | None, fields: Mapping[str, Any], problems: Problems
 ) -> None:
-    """Full attention only, so a window must be no shorter than the longest sequence: there it does nothing."""
+    """A window no shorter than the longest sequence does nothing; any other is refused."""
     window = data.get("sliding_window")
     if architecture == "mistral":
         window = data.get("sliding_window", _MISTRAL_DEFAULT_WINDOW)
@@ -263,6 +278,6 @@ def _refuse_sliding_window(
         absent = " (not in the file, which for Mistral means 4096; null would mean none)"
         problems.unsupported(
             f"sliding_window = {window!r}{absent if 'sliding_window' not in data else ''} is under "
-            f"max_position_embeddings = {longest}; attention is full. Lower max_position_embeddings to the window, "
-            "where it has no effect"
+            f"max_position_embeddings = {longest}; attention is full. Lower max_position_embeddings to the "
+            "window, where it has no effect"
         )

@@ -1,4 +1,5 @@
-"""What a model is: the numbers that fix its function, read from a Hugging Face ``config.json`` or written by hand.
+"""What a model is: the numbers that fix its function, read from a Hugging Face ``config.json`` or written
+by hand.
 
 Every field is numerics-bearing. A configuration is stored with a checkpoint and compared when it is loaded.
 """
@@ -38,9 +39,11 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pretraining's; see :mod:`tbik_jax.models.rope`.
+    """How rotary frequencies are stretched for contexts longer than the pretraining's; see
+    :mod:`tbik_jax.models.rope`.
 
-    ``attention_factor``, ``mscale`` and ``mscale_all_dim`` are YaRN's optional temperature: None is the paper's own.
+    ``attention_factor``, ``mscale`` and ``mscale_all_dim`` are YaRN's optional temperature: None is the
+    paper's own.
 
     Raises:
         ValueError: a field that the type needs is missing, or a value is out of range.
@@ -67,12 +70,14 @@ class RopeScaling:
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
 
-    ``attention_bias`` puts a bias on q, k, v and o; ``mlp_bias`` on gate, up and down; ``qk_norm`` an RMSNorm over
-    ``head_dim`` on each query and key head before the rotation. ``dtype`` is the one that the weights are stored in.
+    ``attention_bias`` puts a bias on q, k, v and o; ``mlp_bias`` on gate, up and down; ``qk_norm`` an
+    RMSNorm over ``head_dim`` on each query and key head before the rotation. ``dtype`` is the one that the
+    weights are stored in.
 
     Raises:
-        ValueError: sizes that are not positive integers, query heads that are no multiple of the KV heads, an odd
-            ``head_dim``, token ids outside the vocabulary, a dtype that is none of the three; all of it at once.
+        ValueError: sizes that are not positive integers, query heads that are no multiple of the KV heads,
+            an odd ``head_dim``, token ids outside the vocabulary, a dtype that is none of the three; all of
+            it at once.
     """
 
     architecture: Architecture
@@ -109,8 +114,8 @@ class ModelConfig:
         """The configuration in a Hugging Face ``config.json``, given as the parsed dictionary.
 
         Reads ``LlamaForCausalLM``, ``MistralForCausalLM`` and ``Qwen3ForCausalLM``, with ``rope_theta`` and
-        ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5). A field that would change the
-        function in a way that this package does not compute is refused, never skipped.
+        ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5). A field that would change
+        the function in a way that this package does not compute is refused, never skipped.
 
         Raises:
             ValueError: missing or wrong fields.
@@ -138,12 +143,16 @@ class ModelConfig:
         required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
         with Problems("ModelConfig.from_dict") as problems:
             for name in data.keys() - known.keys():
-                problems.add(f"{name} = {data[name]!r} is not a field of ModelConfig; known are {', '.join(known)}")
+                problems.add(
+                    f"{name} = {data[name]!r} is not a field of ModelConfig; known are {', '.join(known)}"
+                )
             for name in required:
                 problems.check(name in data, f"{name} is missing")
             check_fields(data, problems)
         scaling = data.get("rope_scaling")
-        return cls(**{**data, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+        return cls(
+            **{**data, "rope_scaling": RopeScaling(**scaling) if isinstance(scaling, Mapping) else scaling}
+        )
 
 
 def check_fields(
@@ -182,7 +191,8 @@ def check_fields(
         problems.check(
             heads % kv_heads == 0,
             f"{names.get('num_heads', 'num_heads')} = {heads} is not a multiple of "
-            f"{names.get('num_kv_heads', 'num_kv_heads')} = {kv_heads}; each KV head serves a whole group of query heads",
+            f"{names.get('num_kv_heads', 'num_kv_heads')} = {kv_heads}; each KV head serves a whole group of "
+            "query heads",
         )
     if "head_dim" in sound:
         check("head_dim", sound["head_dim"] % 2 == 0, "even; rotary embeddings turn pairs of dimensions")
@@ -193,18 +203,22 @@ def check_fields(
         ids = ()
     if fields.get("bos_token_id") is not None:
         ids = (*ids, fields["bos_token_id"])
-    vocabulary = sound.get("vocab_size", math.inf)
+    vocabulary = sound.get("vocab_size", 2**31)
     for token in ids:
         problems.check(
             _is_int(token) and 0 <= token < vocabulary,
-            f"bos or eos token id {token!r} is not in the vocabulary of {vocabulary}",
+            f"bos or eos token id {token!r} is not an integer in 0..{vocabulary} - 1",
         )
 
     scaling = fields.get("rope_scaling")
     if isinstance(scaling, Mapping):
         _check_rope_scaling(scaling, problems)
     elif scaling is not None:
-        check("rope_scaling", isinstance(scaling, RopeScaling), "a RopeScaling, a dictionary of its fields, or null")
+        check(
+            "rope_scaling",
+            isinstance(scaling, RopeScaling),
+            "a RopeScaling, a dictionary of its fields, or null",
+        )
 
 
 def _check_rope_scaling(fields: Mapping[str, Any], problems: Problems) -> None:
@@ -224,7 +238,8 @@ def _check_rope_scaling(fields: Mapping[str, Any], problems: Problems) -> None:
             continue
         if value is None or value is dataclasses.MISSING:
             problems.check(
-                name not in _ROPE_NEEDS[rope_type], f"rope_scaling.{name} is missing; rope type {rope_type} needs it"
+                name not in _ROPE_NEEDS[rope_type],
+                f"rope_scaling.{name} is missing; rope type {rope_type} needs it",
             )
         elif name == "original_max_position_embeddings":
             problems.check(
@@ -237,14 +252,17 @@ def _check_rope_scaling(fields: Mapping[str, Any], problems: Problems) -> None:
     if "factor" in sound:
         problems.check(
             sound["factor"] >= 1,
-            f"rope_scaling.factor = {sound['factor']!r} is under 1; it stretches the context, and cannot shrink it",
+            f"rope_scaling.factor = {sound['factor']!r} is under 1; it stretches the context, and cannot "
+            "shrink it",
         )
     problems.check(
-        isinstance(values["truncate"], bool), f"rope_scaling.truncate = {values['truncate']!r} is not true or false"
+        isinstance(values["truncate"], bool),
+        f"rope_scaling.truncate = {values['truncate']!r} is not true or false",
     )
-    lower, upper = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}.get(
-        rope_type, ("", "")
-    )
+    lower, upper = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_slow", "beta_fast"),
+    }.get(rope_type, ("", ""))
     if lower in sound and upper in sound:
         problems.check(
             sound[lower] < sound[upper],

@@ -47,9 +47,10 @@ _PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
 class GGUFSource:
     """The tensors of a GGUF file of architecture ``llama`` (Mistral's included) or ``qwen3``.
 
-    Quantized tensors are float32, by ``gguf.quants.dequantize``; float32, float16 and bfloat16 ones stay so. llama.cpp
-    stores the rows of ``attn_q`` and ``attn_k`` of a llama with the two halves of each head interleaved; here they are
-    in Hugging Face's order again. ``config`` is the file's :class:`ModelConfig`, ``file`` its metadata.
+    Quantized tensors are float32, by ``gguf.quants.dequantize``; float32, float16 and bfloat16 ones stay
+    so. llama.cpp stores the rows of ``attn_q`` and ``attn_k`` of a llama with the two halves of each head
+    interleaved; here they are in Hugging Face's order again. ``config`` is the file's :class:`ModelConfig`,
+    ``file`` its metadata.
 
     Raises:
         ValueError: a file that is missing, truncated, malformed or contradictory; all findings at once.
@@ -66,7 +67,9 @@ class GGUFSource:
         with Problems(str(self.path)) as problems:
             for name, tensor in self.file.tensors.items():
                 if tensor.kind not in _PLAIN and not _can_decode(tensor.kind):
-                    problems.unsupported(f"{name} is in the block format {tensor.kind.name}, which gguf cannot decode")
+                    problems.unsupported(
+                        f"{name} is in the block format {tensor.kind.name}, which gguf cannot decode"
+                    )
             fields = fields_from_gguf(self.file.metadata, self._shapes(), factors, problems)
             fields["dtype"] = self._stored_dtype()
         self.config = ModelConfig.from_dict(fields)
@@ -118,8 +121,8 @@ class GGUFSource:
 def interleaved_rows(rows: int, heads: int) -> npt.NDArray[np.intp]:
     """Where llama.cpp stores each row of a Hugging Face query or key projection.
 
-    Hugging Face rotates dimension i with i + head_dim/2, llama.cpp 2 i with 2 i + 1; so row (head, half, i) is stored
-    at (head, i, half).
+    Hugging Face rotates dimension i with i + head_dim/2, llama.cpp 2 i with 2 i + 1; so row (head, half, i)
+    is stored at (head, i, half).
     """
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 

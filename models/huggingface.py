@@ -1,4 +1,4 @@
-"""Weights and configuration of a Hugging Face folder: ``config.json`` and safetensors, in one file or in shards."""
+"""Weights and configuration of a Hugging Face folder: ``config.json`` and safetensors, whole or in shards."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class HuggingFaceSource:
-    """The tensors of a folder, memory-mapped: opening reads the headers, :meth:`read` the bytes of the rows asked for.
+    """The tensors of a folder, memory-mapped: opening reads the headers, :meth:`read` the bytes of the rows
+    asked for.
 
-    ``config`` is the folder's :class:`ModelConfig`. Its ``eos_token_ids`` are those of ``generation_config.json`` where
-    that file names any, as in transformers' own generation.
+    ``config`` is the folder's :class:`ModelConfig`. Its ``eos_token_ids`` are those of
+    ``generation_config.json`` where that file names any, as in transformers' own generation.
 
     Raises:
         ValueError: what is missing, unreadable or contradictory in the folder, all of it at once.
@@ -88,7 +89,7 @@ class HuggingFaceSource:
             problems.add(_no_weights(self.folder))
 
     def _open(self, shard: str, indexed: set[str] | None, problems: Problems) -> None:
-        """Open one file; ``indexed`` are the names that the index says it holds, or None for whatever it holds."""
+        """Open one file; ``indexed`` are the names that it must hold, or None for whatever it holds."""
         path = self.folder / shard
         if not problems.check(
             path.is_file(), f"{_INDEX} names {shard}, which is not in the folder; the download is incomplete"
@@ -120,7 +121,7 @@ class HuggingFaceSource:
 
 
 def read_json(path: Path, problems: Problems) -> dict[str, Any]:
-    """The object in a JSON file; what is wrong with the file goes to ``problems`` and gives an empty dictionary."""
+    """The object in a JSON file; an unusable file goes to ``problems`` and gives an empty one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -133,7 +134,8 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
         problems.add(f"{path.name} cannot be read: {error.strerror}")
     else:
         if problems.check(
-            isinstance(data, dict), f"{path.name} holds a {type(data).__name__}, not an object with named fields"
+            isinstance(data, dict),
+            f"{path.name} holds a {type(data).__name__}, not an object with named fields",
         ):
             found: dict[str, Any] = data
             return found
@@ -168,9 +170,11 @@ def _no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if pickled:
         message += (
-            f", only {', '.join(pickled[:3])}: pickled files can run code, and are not read. Convert to safetensors: "
-            "model.save_pretrained(folder, safe_serialization=True) in transformers"
+            f", only {', '.join(pickled[:3])}: pickled files can run code, and are not read. Convert to "
+            "safetensors: model.save_pretrained(folder, safe_serialization=True) in transformers"
         )
     elif others:
-        message += f", only {', '.join(others[:3])}; these need the index, or the name {_SINGLE} if one file is all"
+        message += (
+            f", only {', '.join(others[:3])}; these need the index, or the name {_SINGLE} if one file is all"
+        )
     return message

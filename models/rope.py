@@ -1,11 +1,11 @@
 """Rotary frequencies and tables, computed on the host, once per model.
 
-The tables are numerics-bearing and the same on every host. Each entry is the float32 nearest to the real number
-``scale * cos(angle)`` for the float64 angle ``position * frequency``: nothing in it depends on the processor's vector
-cosine, on the length of the table, or on the C library's ``pow``.
+The tables are numerics-bearing and the same on every host. Each entry is the float32 nearest to the real
+number ``scale * cos(angle)`` for the float64 angle ``position * frequency``: nothing in it depends on the
+processor's vector cosine, on the length of the table, or on the C library's ``pow``.
 
-References: RoFormer (rotary embeddings), arXiv 2104.09864. Position interpolation (linear), arXiv 2306.15595. YaRN,
-arXiv 2309.00071. The Llama 3 herd of models (llama3), arXiv 2407.21783.
+References: RoFormer (rotary embeddings), arXiv 2104.09864. Position interpolation (linear), arXiv
+2306.15595. YaRN, arXiv 2309.00071. The Llama 3 herd of models (llama3), arXiv 2407.21783.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LIBRARY_ERROR = 2.0**-44
 def rope_inverse_frequencies(config: ModelConfig) -> tuple[Float64, float]:
     """The angle per position of each rotated pair, and the factor on cosine and sine.
 
-    ``frequency[i] = theta ** (-2 i / head_dim)`` for i in 0..head_dim/2 - 1, then scaled as ``config.rope_scaling``
-    says. Returns float64 [head_dim/2] and a Python float, 1.0 but for YaRN.
+    ``frequency[i] = theta ** (-2 i / head_dim)`` for i in 0..head_dim/2 - 1, then scaled as
+    ``config.rope_scaling`` says. Returns float64 [head_dim/2] and a Python float, 1.0 but for YaRN.
 
     Guarantee: a function of the configuration alone, equal on every host.
 
@@ -48,7 +48,7 @@ def rope_inverse_frequencies(config: ModelConfig) -> tuple[Float64, float]:
     if scaling is None:
         return frequencies, 1.0
     if scaling.rope_type == "linear":
-        return frequencies / scaling.factor, 1.0
+        return np.divide(frequencies, scaling.factor), 1.0
     if scaling.rope_type == "llama3":
         return llama3_frequencies(frequencies, scaling), 1.0
     return _yarn_frequencies(frequencies, scaling, config.rope_theta), _yarn_attention_factor(scaling)
@@ -57,8 +57,9 @@ def rope_inverse_frequencies(config: ModelConfig) -> tuple[Float64, float]:
 def rope_tables(config: ModelConfig, length: int) -> tuple[Float32, Float32]:
     """Cosines and sines of positions 0..length - 1, each float32 [length, head_dim/2].
 
-    ``angle = position * frequency`` in float64, then ``scale * cos(angle)`` and ``scale * sin(angle)`` rounded once, to
-    float32. Entry [p, i] turns dimensions i and i + head_dim/2 of a head at position p (Hugging Face's pairing).
+    ``angle = position * frequency`` in float64, then ``scale * cos(angle)`` and ``scale * sin(angle)``
+    rounded once, to float32. Entry [p, i] turns dimensions i and i + head_dim/2 of a head at position p
+    (Hugging Face's pairing).
 
     Guarantee: correctly rounded, so row p has the same bits in a table of any length on every host.
 
@@ -83,7 +84,7 @@ def unscaled_frequencies(theta: float, head_dim: int) -> Float64:
 
 
 def llama3_frequencies(frequencies: Float64, scaling: RopeScaling) -> Float64:
-    """Llama 3.1: long wavelengths are stretched by the factor, short ones kept, those between blended linearly."""
+    """Llama 3.1: long wavelengths are stretched by the factor, short ones kept, others blended."""
     assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -108,11 +109,12 @@ def _yarn_frequencies(frequencies: Float64, scaling: RopeScaling, theta: float) 
     if low == high:
         high += 0.001
     stretched = np.clip((np.arange(half) - low) / (high - low), 0.0, 1.0)
-    return stretched * (frequencies / scaling.factor) + (1 - stretched) * frequencies
+    mixed: Float64 = stretched * (frequencies / scaling.factor) + (1 - stretched) * frequencies
+    return mixed
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:
-    """``0.1 ln(factor) + 1`` on cosine and sine, so its square on the attention scores; DeepSeek's ratio if given."""
+    """``0.1 ln(factor) + 1`` on cosine and sine, so its square on the attention scores."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
 
@@ -125,7 +127,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 def _round_once(values: Float64, angles: Float64, exact: Callable[[Decimal], Decimal]) -> Float32:
-    """``values`` in float32 as if they were exact: the few that lie too near the middle of a step are worked out."""
+    """``values`` in float32 as if they were exact: the few near the middle of a step are worked out."""
     error = np.abs(values) * _LIBRARY_ERROR
     below, above = (values - error).astype(np.float32), (values + error).astype(np.float32)
     table = values.astype(np.float32)

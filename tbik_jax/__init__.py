@@ -1,1 +1,23 @@
-"""Bitwise-identical Flax transformers on any device mesh."""
+"""Bitwise-identical Flax transformers on any device mesh.
+
+One canonical binary tree orders every reduction: inside a kernel, and across the ranks of a mesh in place of ``psum``.
+"""
+
+from tbik_jax import dense
+from tbik_jax.collectives import tree_all_gather, tree_psum, tree_psum_scatter
+from tbik_jax.contract import CONTRACT_VERSION, Contract, ContractMismatchError
+from tbik_jax.tree import Tree, leaf_ranges
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Contract",
+    "ContractMismatchError",
+    "Tree",
+    "dense",
+    "leaf_ranges",
+    "tree_all_gather",
+    "tree_psum",
+    "tree_psum_scatter",
+]

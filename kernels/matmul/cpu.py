@@ -29,8 +29,8 @@ from tbik_jax.kernels.matmul import spec
 
 Array = jax.Array
 
-#: Longest chunk of K: within every K blocking seen in XLA:CPU's gemms (288 on AVX2, over 512 on AVX-512).
-MAX_K_STEP = 256
+#: Longest chunk of K, numerics-bearing: inside every K blocking seen in XLA:CPU's gemms (288 on AVX2, over 512 on AVX-512).
+K_STEP = 256
 _LANES = 64
 _PANEL_ELEMENTS = 32768
 _LARGE_M = 64
@@ -38,6 +38,15 @@ _UNROLLED_CHUNKS = 4
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _k_chunks(k: int, k_step: int) -> tuple[int, int]:
+    """Chunks of at least 2: XLA turns a dot over a single k into a plain product, -0 included, that the next add swallows.
+
+    The zero that completes the chunk adds +0, which the chain of the specification, begun from +0, never feels.
+    """
+    count, size = spec.k_chunks(k, k_step)
+    return count, max(2, size)
 
 
 def _pad(x: Array, shape: tuple[int, ...]) -> Array:
@@ -67,11 +76,15 @@ class PackedWeight:
     n: int
     k: int
 
+    @property
+    def leaves(self) -> int:
+        return self.panels.shape[0] // spec.k_chunks(self.k, K_STEP)[0]
 
-def pack(w: Array, k_step: int, *, full: bool = True) -> PackedWeight:
+
+def pack(w: Array, k_step: int = K_STEP, *, full: bool = True) -> PackedWeight:
     """Lay out ``w [leaves, n, k]``; ``full=False`` saves its memory and makes products of 64 rows and more slower."""
     leaves, n, k = w.shape
-    count, size = spec.k_chunks(k, k_step)
+    count, size = _k_chunks(k, k_step)
     width = panel_width(size, n)
     w = w.astype(jnp.float32)
     blocks = _pad(w, (leaves, _round_up(n, width), count * size))
@@ -92,11 +105,11 @@ def _full_from_panels(panels: Array) -> Array:
     return _pad(full, (chunks, size, _round_up(full.shape[-1], _LANES)))
 
 
-def leaf_products(x: Array, w: Array | PackedWeight, k_step: int) -> Array:
+def leaf_products(x: Array, w: Array | PackedWeight, k_step: int = K_STEP) -> Array:
     """``x [M, leaves, k]`` times ``w [leaves, n, k]``: ``out[l, m, n] = sum_k x[m, l, k] * w[l, n, k]``, f32."""
     m, leaves, k = x.shape
     n = w.n if isinstance(w, PackedWeight) else w.shape[1]
-    count, size = spec.k_chunks(k, k_step)
+    count, size = _k_chunks(k, k_step)
     x = _pad(x.astype(jnp.float32), (m, leaves, count * size))
     x = x.reshape(m, leaves * count, size).transpose(1, 0, 2)
     if not isinstance(w, PackedWeight):

@@ -1,0 +1,318 @@
+"""The Llama family in Flax NNX: Llama 3, SmolLM2, Mistral, Qwen3.
+
+The modules run inside ``jax.shard_map``: parameters are this rank's, activations are whole. Layers are stacked in one
+module and scanned, so that compile time does not grow with depth. Every parameter says where it comes from
+(:class:`Origin`) and how it lies on the mesh (``spec``), which is all that loading, saving and resharding need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from tbik_jax import dense
+from tbik_jax._axes import vary_like
+from tbik_jax.models.config import ModelConfig
+from tbik_jax.models.layout import Layout
+from tbik_jax.models.rope import rope_tables
+from tbik_jax.numerics import Numerics
+
+Array = jax.Array
+
+#: Mesh axes: tensor parallelism splits weights, data parallelism the batch.
+TENSOR, DATA = "tp", "dp"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which stored tensors a parameter is made of.
+
+    ``tensors`` are Hugging Face names, one per layer, stacked in the first dimension (``stacked``). ``cut`` says how each is
+    cut in blocks of ``width``: its rows ``[slots, width, ...]``, its columns ``[slots, rows, width]``, or not at all.
+    ``slots`` names the block in every slot of the mesh, rank by rank; negative is idle and holds zeros.
+    """
+
+    tensors: tuple[str, ...]
+    cut: Literal["whole", "rows", "columns"] = "whole"
+    slots: tuple[int, ...] = ()
+    width: int = 0
+    stacked: bool = False
+
+
+def _parameter(origin: Origin, shape: Sequence[int], dtype: DTypeLike) -> nnx.Param[Array]:
+    """Zeros, to be filled by a loader. ``shape`` is of one tensor as stored."""
+    if origin.cut == "rows":
+        shape = (len(origin.slots), origin.width, *shape[1:])
+    elif origin.cut == "columns":
+        shape = (len(origin.slots), shape[0], origin.width)
+    lead = (len(origin.tensors),) if origin.stacked else ()
+    split = () if origin.cut == "whole" else (TENSOR,)
+    spec = P(*[None] * len(lead), *split)
+    return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
+
+
+class Packed(nnx.Variable[Array]):
+    """A weight in the layout of the numerics that packed it; derived, never stored."""
+
+
+class Linear(nnx.Module):
+    """Projections of one input, by leaf; several (q, k, v; gate, up) are one product once packed."""
+
+    def __init__(
+        self,
+        kind: Literal["column", "row"],
+        origins: Mapping[str, tuple[Origin, tuple[int, int]]],
+        *,
+        bias: bool,
+        leaves: int,
+        dtype: DTypeLike,
+        shared: nnx.Param[Array] | None = None,
+    ) -> None:
+        self.kind, self.leaves = kind, leaves
+        self.names = tuple(origins)  # the order of the results; a Dict of modules forgets it
+        self.treedef: Any = None
+        self.packed = nnx.List([])
+        self.weights = nnx.Dict(
+            {name: shared or _parameter(origin, shape, dtype) for name, (origin, shape) in origins.items()}
+        )
+        self.sizes = tuple(self._local_size(origin) for origin, _ in origins.values())
+        self.biases = nnx.Dict({})
+        if bias:
+            for name, (origin, shape) in origins.items():
+                names = tuple(tensor.replace(".weight", ".bias") for tensor in origin.tensors)
+                cut = Origin(names, origin.cut, origin.slots, origin.width, origin.stacked)
+                whole = Origin(names, stacked=origin.stacked)
+                self.biases[name] = _parameter(cut if kind == "column" else whole, shape[:1], dtype)
+
+    @staticmethod
+    def _local_size(origin: Origin) -> int:
+        return len(origin.slots) * origin.width
+
+    def pack(self, numerics: Numerics, mesh: jax.sharding.Mesh) -> None:
+        """Replace the weights by their packed form (one for all projections), shard by shard on the mesh."""
+        stacked = self.weights[self.names[0]].get_metadata()["origin"].stacked
+        spec = P(None, TENSOR) if stacked else P(TENSOR)
+
+        def local(*weights: Array) -> Any:
+            flat = [w.reshape(-1, w.shape[-1])[None] for w in weights] if self.kind == "column" else list(weights)
+            return numerics.pack(self.kind, jnp.concatenate(flat, axis=1 if self.kind == "column" else 0))
+
+        run = jax.vmap(local) if stacked else local
+        packed = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(
+            *(self.weights[name][...] for name in self.names)
+        )
+        leaves, self.treedef = jax.tree.flatten(packed)
+        self.packed = nnx.List([Packed(leaf, spec=spec) for leaf in leaves])
+        self.weights = nnx.Dict({})
+
+    def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike = None) -> tuple[Array, ...]:
+        biases = [self.biases[name][...] for name in self.names if name in self.biases]
+        if self.kind == "row":
+            w = self._packed() if self.packed else self.weights[self.names[0]][...]
+            return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self.leaves),)
+        if not self.packed:
+            return tuple(
+                numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
+                for i, name in enumerate(self.names)
+            )
+        bias = jnp.concatenate([b.reshape(-1) for b in biases]) if biases else None
+        y = numerics.column(x, self._packed(), bias, TENSOR, dtype)
+        sizes = [size // lax.axis_size(TENSOR) for size in self.sizes]
+        return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
+
+    def _packed(self) -> Any:
+        return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.packed])
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers: ``[layers, B, kv_slots, S, D]``, position s in row s, slots split over TENSOR."""
+
+    k: Array
+    v: Array
+
+    #: How the cache lies on a mesh of (DATA, TENSOR).
+    @staticmethod
+    def spec() -> KVCache:
+        spec = P(None, DATA, TENSOR)
+        return KVCache(spec, spec)  # type: ignore[arg-type]
+
+
+class Block(nnx.Module):
+    """All layers of the model, stacked; a call sees one of them."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, dtype: DTypeLike) -> None:
+        layers, hidden, dim = range(config.num_layers), config.hidden_size, config.head_dim
+
+        def names(part: str) -> tuple[str, ...]:
+            return tuple(f"model.layers.{i}.{part}.weight" for i in layers)
+
+        def norm(part: str, size: int) -> nnx.Param[Array]:
+            return _parameter(Origin(names(part), stacked=True), (size,), dtype)
+
+        def linear(kind: Literal["column", "row"], parts: dict[str, tuple[Any, int, int]], bias: bool, leaves: int) -> Linear:
+            cut: Literal["rows", "columns"] = "rows" if kind == "column" else "columns"
+            origins = {
+                part.rsplit(".", 1)[-1]: (
+                    Origin(names(part), cut, slots, width, stacked=True),
+                    (0, hidden) if kind == "column" else (hidden, 0),
+                )
+                for part, (slots, width, _) in parts.items()
+            }
+            return Linear(kind, origins, bias=bias, leaves=leaves, dtype=dtype)
+
+        head_slots, mlp_slots = layout.slots_of(layout.heads), layout.slots_of(layout.mlp)
+        head_width, mlp_width = layout.heads_per_leaf * dim, config.intermediate_size // layout.mlp_leaves
+        self.config, self.layout = config, layout
+        self.attention_norm = norm("input_layernorm", hidden)
+        self.qkv = linear(
+            "column",
+            {
+                "self_attn.q_proj": (head_slots, head_width, 0),
+                "self_attn.k_proj": (layout.kv_slots, dim, 0),
+                "self_attn.v_proj": (layout.kv_slots, dim, 0),
+            },
+            config.attention_bias,
+            layout.head_leaves,
+        )
+        if config.qk_norm:
+            self.q_norm, self.k_norm = norm("self_attn.q_norm", dim), norm("self_attn.k_norm", dim)
+        self.out = linear(
+            "row", {"self_attn.o_proj": (head_slots, head_width, 0)}, config.attention_bias, layout.head_leaves
+        )
+        self.mlp_norm = norm("post_attention_layernorm", hidden)
+        self.gate_up = linear(
+            "column",
+            {"mlp.gate_proj": (mlp_slots, mlp_width, 0), "mlp.up_proj": (mlp_slots, mlp_width, 0)},
+            config.mlp_bias,
+            layout.mlp_leaves,
+        )
+        self.down = linear("row", {"mlp.down_proj": (mlp_slots, mlp_width, 0)}, config.mlp_bias, layout.mlp_leaves)
+
+    def __call__(
+        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None, layer: Array
+    ) -> tuple[Array, KVCache | None]:
+        with jax.named_scope("attention"):
+            y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
+            x = numerics.add(x, y)
+        with jax.named_scope("mlp"):
+            gate, up = self.gate_up(numerics, numerics.rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+            (y,) = self.down(numerics, numerics.swiglu(gate, up))
+            return numerics.add(x, y), cache
+
+    def _attend(
+        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None, layer: Array
+    ) -> tuple[Array, KVCache | None]:
+        config, layout = self.config, self.layout
+        q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))
+        q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
+        if config.qk_norm:
+            q = numerics.rms_norm(q, self.q_norm[...], config.rms_norm_eps)
+            k = numerics.rms_norm(k, self.k_norm[...], config.rms_norm_eps)
+        q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is not None:
+            cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))
+            k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+        kv_head_of = None
+        if layout.kv_of_head is not None:
+            kv_head_of = jnp.array(layout.kv_of_head)[lax.axis_index(TENSOR)]
+        y = numerics.attention(q, k, v, positions, config.head_dim**-0.5, kv_head_of)
+        return self.out(numerics, y.reshape(*y.shape[:2], -1))[0], cache
+
+
+def _write(cache: Array, new: Array, layer: Array, positions: Array) -> Array:
+    """Put ``new [B, kv, T, D]`` at ``cache[layer, b, :, positions[b, 0]:]``, in place inside the scan."""
+    zero = jnp.zeros((), positions.dtype)
+    for b in range(new.shape[0]):
+        at = (layer.astype(positions.dtype), zero + b, zero, positions[b, 0], zero)
+        cache = lax.dynamic_update_slice(cache, new[None, b : b + 1].astype(cache.dtype), at)
+    return cache
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer of the Llama family; call it inside ``jax.shard_map``.
+
+    Args:
+        config: The model.
+        numerics: :meth:`Numerics.invariant` with a contract, or :meth:`Numerics.plain`.
+        ranks: Size of the mesh's TENSOR axis.
+        dtype: Dtype of parameters and activations, f32 or bf16. Sums are f32 in any case.
+
+    Parameters are zeros; :mod:`tbik_jax.models.loading` fills them.
+
+    Guarantee (invariant numerics): the logits of a token depend on the tokens up to it, the parameters, the contract and
+    ``dtype``; not on the mesh, the batch, padding, chunking, or whether a cache was used.
+
+    Raises:
+        ValueError: more ranks than a dimension has leaves.
+    """
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, *, ranks: int, dtype: DTypeLike = jnp.float32) -> None:
+        layout = Layout(config, numerics.contract, ranks)
+        self.config, self.numerics, self.layout, self.dtype = config, numerics, layout, jnp.dtype(dtype).name
+        width = -(-config.vocab_size // layout.vocab_leaves)
+        slots, shape = layout.slots_of(layout.vocab), (config.vocab_size, config.hidden_size)
+        rows = Origin(("model.embed_tokens.weight",), "rows", slots, width)
+        self.embedding = _parameter(rows, shape, dtype)
+        self.blocks = Block(config, layout, dtype)
+        self.final_norm = _parameter(Origin(("model.norm.weight",)), (config.hidden_size,), dtype)
+        tied = config.tie_word_embeddings
+        origin = rows if tied else Origin(("lm_head.weight",), "rows", slots, width)
+        self.head = Linear(
+            "column",
+            {"lm_head": (origin, shape)},
+            bias=False,
+            leaves=layout.vocab_leaves,
+            dtype=dtype,
+            shared=self.embedding if tied else None,
+        )
+
+    @property
+    def vocabulary(self) -> dense.Vocabulary:
+        return dense.Vocabulary(self.config.vocab_size, self.numerics.contract, TENSOR)
+
+    def pack(self, mesh: jax.sharding.Mesh) -> None:
+        """Lay all weights out for inference, in place. Bits do not change; gradients are no longer to be had."""
+        for linear in (self.blocks.qkv, self.blocks.out, self.blocks.gate_up, self.blocks.down, self.head):
+            linear.pack(self.numerics, mesh)
+
+    def __call__(
+        self, tokens: Array, positions: Array, cache: KVCache | None = None, *, only: Array | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """Logits of ``tokens [B, T]`` at ``positions [B, T]`` (consecutive in a row), and the cache with them in it.
+
+        Without a cache the row is the whole context and starts at position 0. ``only [B]`` picks one column of T per row,
+        whose logits alone are computed.
+
+        Returns:
+            ``([B, T or 1, V] f32, the same on every rank of TENSOR; the cache or None)``.
+        """
+        numerics, config = self.numerics, self.config
+        length = tokens.shape[1] if cache is None else cache.k.shape[3]
+        rotary = tuple(jnp.asarray(table)[positions] for table in rope_tables(config, length))
+        table = self.embedding[...].reshape(-1, config.hidden_size)
+        x = numerics.embedding(tokens, table, self.vocabulary)
+        graph, stacked = nnx.split(self.blocks)
+
+        def one(carry: tuple[Array, Any], layer_and_state: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
+            layer, state = layer_and_state
+            x, cache = nnx.merge(graph, state)(numerics, carry[0], rotary, positions, carry[1], layer)
+            return (x, cache), None
+
+        (x, cache), _ = lax.scan(one, (x, cache), (jnp.arange(config.num_layers), stacked))
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
+        x = numerics.rms_norm(x, self.final_norm[...], config.rms_norm_eps)
+        with jax.named_scope("logits"):
+            (logits,) = self.head(numerics, x, jnp.float32)
+        return dense.gather_logits(logits, self.vocabulary), cache

@@ -1,0 +1,40 @@
+"""Layers of a transformer whose bits no mesh can change. Call them inside ``jax.shard_map``, or on one device.
+
+Linear layers take weights ``[N, K]`` (output, input), as Hugging Face stores them, and an explicit
+:class:`tbik_jax.Contract`.
+"""
+
+from tbik_jax.dense.linear import column_parallel, make_dot_general, row_parallel
+from tbik_jax.dense.vocabulary import (
+    Vocabulary,
+    cross_entropy,
+    embedding,
+    gather_logits,
+    log_softmax,
+    log_sum_exp,
+    mask_logits,
+)
+from tbik_jax.kernels.attention import attention
+from tbik_jax.kernels.matmul import PackedWeight, pack
+from tbik_jax.kernels.rms_norm import rms_norm
+from tbik_jax.kernels.rope import rope
+from tbik_jax.kernels.swiglu import swiglu
+
+__all__ = [
+    "PackedWeight",
+    "Vocabulary",
+    "attention",
+    "column_parallel",
+    "cross_entropy",
+    "embedding",
+    "gather_logits",
+    "log_softmax",
+    "log_sum_exp",
+    "make_dot_general",
+    "mask_logits",
+    "pack",
+    "rms_norm",
+    "rope",
+    "row_parallel",
+    "swiglu",
+]

@@ -1,0 +1,276 @@
+"""Column- and row-parallel products, and a ``dot_general`` of the same numerics for Flax's own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tbik_jax._axes import axis_size, vary_like
+from tbik_jax._problems import Problems
+from tbik_jax.collectives import Algorithm, tree_psum, tree_psum_scatter
+from tbik_jax.contract import Contract
+from tbik_jax.kernels import matmul
+from tbik_jax.kernels.exact import cast
+from tbik_jax.kernels.matmul import PackedWeight
+from tbik_jax.tree import Tree, schedule
+
+Array = jax.Array
+
+
+def column_parallel(
+    x: Array,
+    w: Array | PackedWeight,
+    bias: Array | None = None,
+    *,
+    axis_name: str | None,
+    contract: Contract,
+    leaves: int | None = None,
+    dtype: DTypeLike = None,
+) -> Array:
+    """A product whose output columns are split over the axis: no exchange forward, a tree over columns backward.
+
+        y = x @ w.T + bias            y [..., N_local],  K is whole on every rank
+
+    Args:
+        x: ``[..., K]``, the same on every rank.
+        w: This rank's rows of the ``[N, K]`` weight (Hugging Face's orientation): ``[N_local, K]``, or ``[slots, n, K]``
+            by leaf where the ranks' shares differ (:func:`tbik_jax.tree.leaf_ranges`), or packed.
+        bias: ``[N_local]``; added in f32 before the one rounding.
+        axis_name: Axis of the enclosing ``shard_map``; ``None`` where one device holds everything.
+        contract: Numerics-bearing.
+        leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``), or
+            all slots (3-d ``w``).
+        dtype: Output dtype; the dtype of ``x`` by default.
+
+    Guarantee: column n of row m depends on that row and that row of ``w`` alone: not on the mesh, the batch, or N. The
+    input gradient is the tree over the leaves of N. Weight and bias gradients reduce over the tokens at hand.
+
+    Raises:
+        ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
+        NotImplementedError: the gradient of a packed weight.
+    """
+    lead, k = x.shape[:-1], x.shape[-1]
+    rows = x.reshape(-1, k)
+    if isinstance(w, PackedWeight):
+        with Problems("dense.column_parallel") as problems:
+            problems.check(w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]")
+        y = _packed_products(rows[:, None], w)[0]
+    else:
+        tree = _leaf_tree("dense.column_parallel", w, 0, axis_name, contract, leaves)
+        with Problems("dense.column_parallel") as problems:
+            problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
+        slots = _slots(tree, axis_name)
+        y = _column(axis_name, tree, rows, w.reshape(slots, -1, k))
+    return _finish(y, bias, dtype or x.dtype).reshape(*lead, -1)
+
+
+def row_parallel(
+    x: Array,
+    w: Array | PackedWeight,
+    bias: Array | None = None,
+    *,
+    axis_name: str | None,
+    contract: Contract,
+    leaves: int | None = None,
+    dtype: DTypeLike = None,
+    scatter_dimension: int | None = None,
+    algorithm: Algorithm = "auto",
+) -> Array:
+    """A product whose contraction is split over the axis: one canonical tree over the leaves of K, on any mesh.
+
+        y = tree_psum_l( x[..., l] @ w[l].T ) + bias          y [..., N] on every rank
+
+    Args:
+        x: ``[..., K_local]``, this rank's part of the contraction, leaf by leaf.
+        w: ``[N, K_local]``, or ``[slots, N, k]`` by leaf, or packed from that.
+        bias: ``[N]``, the same on every rank; added in f32 after the tree, before the one rounding.
+        axis_name: Axis of the enclosing ``shard_map``; ``None`` where one device holds everything.
+        contract: Numerics-bearing.
+        leaves: Leaves of K over the whole axis; by default ``contract.leaves`` (2-d ``w``) or all slots.
+        dtype: Output dtype; the dtype of ``x`` by default.
+        scatter_dimension: Keep only this rank's slice along that dimension of ``y`` (sequence parallelism).
+        algorithm: Performance-only, see :func:`tbik_jax.tree_psum`.
+
+    Guarantee: bitwise equal on every mesh of up to ``leaves`` ranks, for every batch.
+
+    Raises:
+        ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
+        NotImplementedError: the gradient of a packed weight.
+    """
+    lead = x.shape[:-1]
+    if isinstance(w, PackedWeight):
+        slots, k = w.leaves, w.k
+        ranks = 1 if axis_name is None else axis_size(axis_name)
+        tree = contract.tree_over(leaves or slots * ranks)
+        with Problems("dense.row_parallel") as problems:
+            problems.check(
+                x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}; the packed weight has {slots} leaves of {k}"
+            )
+        parts = _packed_products(x.reshape(-1, slots, k), w)
+    else:
+        tree = _leaf_tree("dense.row_parallel", w, -1, axis_name, contract, leaves)
+        slots = _slots(tree, axis_name)
+        if w.ndim == 2:
+            w = w.reshape(w.shape[0], slots, -1).swapaxes(0, 1)
+        with Problems("dense.row_parallel") as problems:
+            problems.check(
+                x.shape[-1] == slots * w.shape[-1],
+                f"x has K = {x.shape[-1]}, w (by leaf) has shape {w.shape}: {slots} slots of {w.shape[-1]}",
+            )
+        parts = leaf_products(x.reshape(-1, slots, w.shape[-1]), w)
+    parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
+    if axis_name is None:
+        total = tree.reduce(list(parts), jnp.add)
+    elif scatter_dimension is None:
+        total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm)
+    else:
+        total = tree_psum_scatter(
+            parts, axis_name, tree=tree, scatter_dimension=scatter_dimension, algorithm=algorithm
+        )
+    return _finish(total, bias, dtype or x.dtype)
+
+
+def make_dot_general(
+    contract: Contract, *, axis_name: str | None = None, leaves: int = 1
+) -> Callable[..., Array]:
+    """A ``dot_general`` for ``flax.nnx.Linear(dot_general=...)`` and ``flax.linen.Dense(dot_general=...)``.
+
+    ``leaves=1`` has the numerics of :func:`column_parallel`; more leaves with an ``axis_name`` those of
+    :func:`row_parallel` (then give the layer no bias, or one whose addition after the sum is meant).
+
+    The layer keeps its kernel ``[K, N]``, which this reads as ``[N, K]``: the same bits, one transpose per call.
+
+    Raises:
+        NotImplementedError: contractions other than the last dimension of the input with the first of the kernel.
+    """
+
+    def dot_general(
+        lhs: Array,
+        rhs: Array,
+        dimension_numbers: tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]],
+        precision: Any = None,
+        preferred_element_type: DTypeLike = None,
+        **unsupported: Any,
+    ) -> Array:
+        (lhs_contract, rhs_contract), batch = dimension_numbers
+        with Problems("dense.dot_general") as problems:
+            if [d % lhs.ndim for d in lhs_contract] != [lhs.ndim - 1] or [d % rhs.ndim for d in rhs_contract] != [0]:
+                problems.unsupported(f"dimension_numbers {dimension_numbers}: only the last of lhs with the first of rhs")
+            if tuple(map(tuple, batch)) != ((), ()) or rhs.ndim != 2:
+                problems.unsupported(f"batch dimensions {batch} or a kernel of shape {rhs.shape}; only 2-d kernels [K, N]")
+            if precision is not None:
+                problems.unsupported(f"precision={precision!r}: the contract fixes the accumulation, f32 from the leaves up")
+            for name, value in unsupported.items():
+                if value is not None:
+                    problems.unsupported(f"{name}={value!r}")
+        dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
+        if leaves == 1:
+            return column_parallel(lhs, rhs.T, axis_name=None, contract=contract, leaves=1, dtype=dtype)
+        return row_parallel(lhs, rhs.T, axis_name=axis_name, contract=contract, leaves=leaves, dtype=dtype)
+
+    return dot_general
+
+
+# Pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _finish(total: Array, bias: Array | None, dtype: DTypeLike) -> Array:
+    return cast(total if bias is None else total + bias.astype(jnp.float32), dtype)
+
+
+def _slots(tree: Tree, axis_name: str | None) -> int:
+    return schedule(tree, 1 if axis_name is None else axis_size(axis_name)).slots
+
+
+def _leaf_tree(
+    where: str, w: Array, split: int, axis_name: str | None, contract: Contract, leaves: int | None
+) -> Tree:
+    """The tree over the leaves of the dimension that the axis splits; checks that ``w`` is cut accordingly."""
+    ranks = 1 if axis_name is None else axis_size(axis_name)
+    with Problems(where) as problems:
+        if not problems.check(w.ndim in (2, 3), f"w has shape {w.shape}; give [N, K], or [slots, ., .] by leaf"):
+            problems.raise_if_any()
+        total = leaves or (contract.leaves if w.ndim == 2 else w.shape[0] * ranks)
+        fits = problems.check(
+            ranks <= total,
+            f"axis {axis_name!r} has {ranks} ranks but the dimension only {total} leaves: use a smaller mesh, or a "
+            f"contract with more leaves (which has other bits)",
+        )
+        if fits:
+            slots = schedule(contract.tree_over(total), ranks).slots
+            if w.ndim == 3:
+                problems.check(
+                    w.shape[0] == slots, f"w has {w.shape[0]} slots; {total} leaves over {ranks} ranks need {slots}"
+                )
+            else:
+                problems.check(
+                    total % ranks == 0 and w.shape[split] % slots == 0,
+                    f"w has {w.shape[split]} local units for {total} leaves over {ranks} ranks: they are no whole, equal "
+                    f"leaves. Give w by leaf, [slots, ., .], or choose leaves that both the mesh and the dimension divide",
+                )
+    return contract.tree_over(total)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _column(axis_name: str | None, tree: Tree, x: Array, w: Array) -> Array:
+    """``x [M, K]`` invariant, ``w [slots, n, K]`` local -> ``[M, slots * n]`` f32."""
+    return matmul.leaf_products(x[:, None], w.reshape(1, -1, w.shape[-1]))[0]
+
+
+def _column_fwd(axis_name: str | None, tree: Tree, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _column(axis_name, tree, x, w), (x, w)
+
+
+def _column_bwd(
+    axis_name: str | None, tree: Tree, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, w = saved
+    slots, n, k = w.shape
+    parts = matmul.leaf_products(dy.reshape(-1, slots, n), w.swapaxes(1, 2))
+    dx = tree.reduce(list(parts), jnp.add) if axis_name is None else tree_psum(parts, axis_name, tree=tree)
+    dw = matmul.leaf_products(dy.T[:, None], vary_like(x, dy).T[None])[0]
+    return cast(vary_like(dx, x), x.dtype), cast(dw.reshape(slots, n, k), w.dtype)
+
+
+_column.defvjp(_column_fwd, _column_bwd)
+
+
+@jax.custom_vjp
+def leaf_products(x: Array, w: Array) -> Array:
+    """:func:`tbik_jax.kernels.matmul.leaf_products` with gradients of the same kind: chains over n and over m."""
+    return matmul.leaf_products(x, w)
+
+
+def _leaf_products_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul.leaf_products(x, w), (x, w)
+
+
+def _leaf_products_bwd(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved  # [M, leaves, k], [leaves, N, k]; dy [leaves, M, N]
+    dx = matmul.leaf_products(dy.swapaxes(0, 1), w.swapaxes(1, 2)).swapaxes(0, 1)
+    dw = matmul.leaf_products(dy.transpose(2, 0, 1), x.transpose(1, 2, 0))
+    return cast(dx, x.dtype), cast(dw, w.dtype)
+
+
+leaf_products.defvjp(_leaf_products_fwd, _leaf_products_bwd)
+
+
+@jax.custom_vjp
+def _packed_products(x: Array, w: PackedWeight) -> Array:
+    return matmul.leaf_products(x, w)
+
+
+def _packed_fwd(x: Array, w: PackedWeight) -> tuple[Array, None]:
+    return matmul.leaf_products(x, w), None
+
+
+def _packed_bwd(_: None, dy: Array) -> tuple[Any, Any]:
+    raise NotImplementedError("packed weights are laid out for inference; differentiate with the [N, K] weight instead")
+
+
+_packed_products.defvjp(_packed_fwd, _packed_bwd)

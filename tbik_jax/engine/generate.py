@@ -1,0 +1,262 @@
+"""Generate and score with one model on one mesh: the same functions, whatever the mesh and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tbik_jax._problems import Problems
+from tbik_jax.engine.sampling import Sampling, sample
+from tbik_jax.models.transformer import DATA, TENSOR, KVCache, Transformer
+
+Array = jax.Array
+
+#: Prompts are padded to multiples of this many tokens, so that few shapes are compiled. Performance-only.
+_PROMPT_MULTIPLE = 16
+
+
+def make_mesh(tp: int = 1, dp: int = 1) -> Mesh:
+    """A mesh of ``dp`` x ``tp`` of the first devices.
+
+    Raises:
+        ValueError: more ranks than devices.
+    """
+    devices = jax.devices()
+    with Problems("make_mesh") as problems:
+        problems.check(tp >= 1 and dp >= 1, f"tp = {tp}, dp = {dp}; both are at least 1")
+        problems.check(
+            tp * dp <= len(devices),
+            f"a mesh of dp {dp} x tp {tp} wants {tp * dp} devices, and there are {len(devices)} "
+            f"({devices[0].platform}). On the CPU, set jax.config.update('jax_num_cpu_devices', {tp * dp}) before JAX's "
+            f"first use; the command line does so itself",
+        )
+    return Mesh(np.array(devices[: tp * dp]).reshape(dp, tp), (DATA, TENSOR))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of one prompt."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    #: ``[len(tokens), V]`` f32: the logits that each token was chosen from; None unless asked for.
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+class Generator:
+    """Prefill and decode steps of a model, compiled for a mesh of (DATA, TENSOR).
+
+    Args:
+        model: On the mesh, see :func:`tbik_jax.models.loading.load`.
+        mesh: The mesh it was loaded on.
+        pack: Lay the weights out for inference first (performance-only; the model is changed in place).
+
+    Guarantee (invariant numerics): the tokens and logits of a prompt depend on the prompt, its seed, the sampling settings
+    and the model's contract; not on the mesh, the batch, or which prompts run beside it.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, *, pack: bool = True) -> None:
+        if pack:
+            model.pack(mesh)
+        self.config, self.numerics, self.mesh = model.config, model.numerics, mesh
+        self._dtype = model.dtype
+        self._graph, self._state = nnx.split(model)
+        self._specs = jax.tree.map(
+            lambda v: v.replace(v.get_metadata()["spec"]), self._state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        self._kv_heads = model.layout.ranks * model.layout.local_kv_heads
+
+    # Compiled programs -------------------------------------------------------------------------------------------------
+
+    def _sharded(self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+        def run(state: Any, *args: Any) -> Any:
+            return f(nnx.merge(self._graph, state), *args)
+
+        return jax.shard_map(run, mesh=self.mesh, in_specs=(self._specs, *in_specs), out_specs=out_specs)
+
+    @cached_property
+    def _score(self) -> Callable[..., Array]:
+        def f(model: Transformer, tokens: Array) -> Array:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            return model(tokens, positions)[0]
+
+        return jax.jit(self._sharded(f, (P(DATA),), P(DATA)))
+
+    @cached_property
+    def _extend(self) -> Callable[..., tuple[Array, KVCache]]:
+        """All logits of a piece of the context, given what came before."""
+
+        def f(model: Transformer, tokens: Array, first: Array, cache: KVCache) -> tuple[Array, KVCache]:
+            positions = first[:, None] + jnp.arange(tokens.shape[1])
+            logits, cache = model(tokens, positions, cache)  # type: ignore[assignment]
+            return logits, cache
+
+        specs = (P(DATA), P(DATA), KVCache.spec())
+        return jax.jit(self._sharded(f, specs, (P(DATA), KVCache.spec())), donate_argnums=3)
+
+    @cached_property
+    def _steps(self) -> dict[Sampling, tuple[Callable[..., Any], Callable[..., Any]]]:
+        return {}
+
+    def _compiled(self, sampling: Sampling) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if sampling not in self._steps:
+
+            def prefill(
+                model: Transformer, tokens: Array, lengths: Array, seeds: Array, cache: KVCache
+            ) -> tuple[Array, Array, KVCache]:
+                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+                logits, cache = model(tokens, positions, cache, only=lengths - 1)  # type: ignore[assignment]
+                return sample(logits[:, 0], seeds, lengths, sampling), logits[:, 0], cache
+
+            def decode(
+                model: Transformer, tokens: Array, positions: Array, seeds: Array, cache: KVCache
+            ) -> tuple[Array, Array, KVCache]:
+                logits, cache = model(tokens[:, None], positions[:, None], cache)  # type: ignore[assignment]
+                return sample(logits[:, 0], seeds, positions + 1, sampling), logits[:, 0], cache
+
+            specs = (P(DATA), P(DATA), P(DATA), KVCache.spec())
+            outs = (P(DATA), P(DATA), KVCache.spec())
+            self._steps[sampling] = tuple(  # type: ignore[assignment]
+                jax.jit(self._sharded(f, specs, outs), donate_argnums=4) for f in (prefill, decode)
+            )
+        return self._steps[sampling]
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A finite cache for ``capacity`` positions, rounded up to whole attention blocks."""
+        block = self.numerics.contract.kv_block
+        shape = (
+            self.config.num_layers,
+            batch,
+            self._kv_heads,
+            -(-capacity // block) * block,
+            self.config.head_dim,
+        )
+        return jax.tree.map(
+            lambda spec: jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, spec)),
+            KVCache.spec(),
+            is_leaf=lambda x: isinstance(x, P),
+        )
+
+    # What users call ---------------------------------------------------------------------------------------------------
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Logits ``[len(prompt), V]`` f32 of every position of every prompt, in one full-sequence forward."""
+        self._check("score", prompts, 0)
+        batch, lengths = self._batch(prompts)
+        logits = np.asarray(self._score(self._state, batch))
+        return [logits[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
+
+    def score_in_chunks(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[np.ndarray]:
+        """The same logits, computed ``chunk`` positions at a time through the KV cache; ``chunk=1`` is decoding."""
+        self._check("score_in_chunks", prompts, 0)
+        batch, lengths = self._batch(prompts)
+        size = -(-batch.shape[1] // chunk) * chunk
+        batch = np.pad(batch, ((0, 0), (0, size - batch.shape[1])))
+        cache = self.new_cache(len(batch), size)
+        parts = []
+        for start in range(0, size, chunk):
+            first = np.full(len(batch), start, np.int32)
+            logits, cache = self._extend(self._state, batch[:, start : start + chunk], first, cache)
+            parts.append(np.asarray(logits))
+        logits = np.concatenate(parts, axis=1)
+        return [logits[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+        with_logits: bool = False,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield ``(tokens [B], logits [B, V] or None)`` step by step, until every prompt has met a stop token."""
+        self._check("generate", prompts, max_new_tokens)
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        with Problems("generate") as problems:
+            problems.check(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts")
+            problems.check(all(0 <= s < 2**32 for s in seeds), f"seeds {seeds} are not all in 0..2**32-1")
+        prefill, decode = self._compiled(sampling or Sampling())
+        tokens, lengths = self._batch(prompts)
+        count = len(tokens)
+        seeds_of = np.array(list(seeds) + [0] * (count - len(prompts)), np.uint32)
+        cache = self.new_cache(count, max(tokens.shape[1], max(lengths) + max_new_tokens))
+        ended = np.array([i >= len(prompts) for i in range(count)])
+        last, logits, cache = prefill(self._state, tokens, np.array(lengths, np.int32), seeds_of, cache)
+        for step in range(max_new_tokens):
+            host = np.asarray(last)
+            yield host[: len(prompts)], np.asarray(logits)[: len(prompts)] if with_logits else None
+            ended |= np.isin(host, list(stop or ()))
+            if ended.all() or step + 1 == max_new_tokens:
+                return
+            positions = np.array(lengths, np.int32) + step
+            last, logits, cache = decode(self._state, last, positions, seeds_of, cache)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+        with_logits: bool = False,
+    ) -> list[Generation]:
+        """Continue every prompt, up to and including its first ``stop`` token.
+
+        Args:
+            prompts: Token ids, as one batch of any size.
+            max_new_tokens: At most so many per prompt.
+            sampling: Greedy by default.
+            seeds: One per prompt, by default 0, 1, 2, ...
+            with_logits: Keep the logits of every step.
+
+        Raises:
+            ValueError: an empty prompt, an unknown token id, more tokens than the model's context.
+        """
+        steps = list(
+            self.stream(prompts, max_new_tokens, sampling, seeds=seeds, stop=stop, with_logits=with_logits)
+        )
+        results = []
+        for i, prompt in enumerate(prompts):
+            tokens = [int(step[0][i]) for step in steps]
+            ends = [at for at, token in enumerate(tokens) if token in set(stop or ())]
+            count = ends[0] + 1 if ends else len(tokens)
+            logits = np.stack([step[1][i] for step in steps[:count]]) if with_logits and steps else None  # type: ignore[index]
+            results.append(Generation(tuple(prompt), tuple(tokens[:count]), logits))
+        return results
+
+    # Checks --------------------------------------------------------------------------------------------------------------
+
+    def _check(self, where: str, prompts: Sequence[Sequence[int]], new: int) -> None:
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        with Problems(where) as problems:
+            problems.check(len(prompts) > 0, "no prompts")
+            problems.check(new >= 0, f"max_new_tokens = {new} is negative")
+            for i, prompt in enumerate(prompts):
+                problems.check(len(prompt) > 0, f"prompt {i} is empty; give at least one token (a BOS token, say)")
+                problems.check(
+                    len(prompt) + new <= context,
+                    f"prompt {i} has {len(prompt)} tokens and {new} more are asked for; the model's context is {context}",
+                )
+                unknown = [t for t in prompt if not 0 <= t < vocabulary]
+                problems.check(not unknown, f"prompt {i} has token ids outside 0..{vocabulary - 1}: {unknown[:5]}")
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[int]]:
+        """Right-padded tokens, rows filled up to the data-parallel size."""
+        rows = -(-len(prompts) // self.mesh.shape[DATA]) * self.mesh.shape[DATA]
+        width = -(-max(map(len, prompts)) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+        tokens = np.zeros((rows, width), np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = prompt
+        return tokens, [len(p) for p in prompts] + [1] * (rows - len(prompts))

@@ -1,0 +1,84 @@
+"""From logits to a token: greedy, or noise that is keyed by (seed, position, vocabulary index) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tbik_jax._problems import Problems
+from tbik_jax.kernels.exact import quotient, tree_sum
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    ``temperature`` 0 is greedy: the largest logit, the smaller index among equals. Otherwise a token is drawn from
+    ``softmax(logits / temperature)``, cut to the ``top_k`` largest (0: all) and then to the smallest set of tokens whose
+    probabilities reach ``top_p``.
+
+    Guarantee: a token depends on its logits, these settings, the request's seed and its position. No request sees another.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        with Problems("Sampling") as problems:
+            problems.check(
+                0.0 <= self.temperature < float("inf"), f"temperature = {self.temperature} is not a number >= 0"
+            )
+            problems.check(self.top_k >= 0, f"top_k = {self.top_k} is negative; 0 keeps all tokens")
+            problems.check(0.0 < self.top_p <= 1.0, f"top_p = {self.top_p} is outside (0, 1]")
+
+
+def sample(logits: Array, seeds: Array, positions: Array, sampling: Sampling) -> Array:
+    """``logits [B, V]`` f32, ``seeds [B]`` uint32, ``positions [B]`` of the token to come -> ``[B]`` int32.
+
+    A draw is ``argmax(logits / temperature + gumbel)``; the noise of index v is threefry's, keyed by seed and position.
+    """
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = quotient(logits, jnp.full_like(logits, sampling.temperature))
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = lax.top_k(scaled, sampling.top_k)[0][:, -1:]
+        scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
+    if sampling.top_p < 1.0:
+        scaled = _nucleus(scaled, sampling.top_p)
+    return jnp.argmax(scaled + _gumbel(logits.shape[-1], seeds, positions), axis=-1).astype(jnp.int32)
+
+
+def _gumbel(size: int, seeds: Array, positions: Array) -> Array:
+    def one(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.bits(key, (size,), jnp.uint32)
+
+    # 24 random bits in the middle of their interval: never 0, never 1.
+    uniform = ((jax.vmap(one)(seeds, positions) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+    return -jnp.log(-jnp.log(uniform))
+
+
+def _nucleus(scaled: Array, top_p: float) -> Array:
+    """-inf outside the most probable tokens; a token stays if those before it have less than ``top_p`` together."""
+    ordered = lax.sort(scaled, dimension=-1)[:, ::-1]
+    weights = jnp.exp(ordered - ordered[:, :1])
+    p = quotient(weights, jnp.broadcast_to(tree_sum(weights, keepdims=True), weights.shape))
+    before = _prefix_sum(p) - p
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, jnp.maximum(kept - 1, 0), axis=-1)
+    return jnp.where(scaled >= least, scaled, -jnp.inf)
+
+
+def _prefix_sum(x: Array) -> Array:
+    """Inclusive, by doubling shifts: additions only, in an order that the length alone decides."""
+    shift = 1
+    while shift < x.shape[-1]:
+        x = x + jnp.pad(x[:, :-shift], ((0, 0), (shift, 0)))
+        shift *= 2
+    return x

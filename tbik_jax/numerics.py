@@ -1,0 +1,195 @@
+"""Which numerics a model is built with: invariant under a contract, or plain. One explicit object, no global switch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from tbik_jax import dense
+from tbik_jax.collectives import Algorithm
+from tbik_jax.contract import Contract
+from tbik_jax.kernels import matmul
+from tbik_jax.kernels.exact import cast
+
+Array = jax.Array
+Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
+
+
+@dataclass(frozen=True)
+class Numerics(ABC):
+    """The sharded operations of a transformer, in one arithmetic.
+
+    Both kinds cut weights in the leaves of ``contract``, so that the same checkpoint, layout and model serve both and a
+    comparison changes nothing but the arithmetic.
+
+    >>> Numerics.invariant()          # the default contract: 8 leaves, balanced tree
+    >>> Numerics.plain()              # ordinary dots and psum, the baseline of every table
+    """
+
+    contract: Contract = field(default_factory=Contract)
+    kind: ClassVar[Literal["invariant", "plain"]]
+
+    @staticmethod
+    def invariant(contract: Contract | None = None, *, algorithm: Algorithm = "auto") -> Invariant:
+        """Bits that are a function of inputs, parameters, contract and backend family alone."""
+        return Invariant(contract or Contract(), algorithm)
+
+    @staticmethod
+    def plain(contract: Contract | None = None) -> Plain:
+        """What JAX does by itself: fast, and different on every mesh."""
+        return Plain(contract or Contract())
+
+    @abstractmethod
+    def pack(self, kind: Literal["column", "row"], w: Array) -> Any:
+        """Lay a local weight out for inference: ``[slots, n, K]`` (column) or ``[slots, N, k]`` (row)."""
+
+    @abstractmethod
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+        """``x [..., K]``, the same on every rank -> ``[..., slots * n]``."""
+
+    @abstractmethod
+    def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
+        """``x [..., slots * k]`` -> the sum over all ranks ``[..., N]``."""
+
+    @abstractmethod
+    def add(self, x: Array, y: Array) -> Array:
+        """The residual sum, in f32, rounded once to the dtype of ``x``."""
+
+    @abstractmethod
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        """See :func:`tbik_jax.dense.rms_norm`."""
+
+    @abstractmethod
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """See :func:`tbik_jax.dense.rope`."""
+
+    @abstractmethod
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """See :func:`tbik_jax.dense.swiglu`."""
+
+    @abstractmethod
+    def attention(
+        self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None
+    ) -> Array:
+        """See :func:`tbik_jax.dense.attention`."""
+
+    @abstractmethod
+    def embedding(self, tokens: Array, table: Array, vocabulary: dense.Vocabulary) -> Array:
+        """See :func:`tbik_jax.dense.embedding`."""
+
+
+@dataclass(frozen=True)
+class Invariant(Numerics):
+    """The contract's arithmetic; ``algorithm`` (performance-only) carries the row-parallel sums."""
+
+    algorithm: Algorithm = "auto"
+    kind: ClassVar[Literal["invariant", "plain"]] = "invariant"
+
+    def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight:
+        return matmul.pack(w.reshape(1, -1, w.shape[-1]) if kind == "column" else w)
+
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+        return dense.column_parallel(x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype)
+
+    def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
+        return dense.row_parallel(
+            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, algorithm=self.algorithm
+        )
+
+    def add(self, x: Array, y: Array) -> Array:
+        return cast(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        return dense.rms_norm(x, scale, eps=eps)
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        return dense.rope(x, cos, sin)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        return dense.swiglu(gate, up)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None
+    ) -> Array:
+        return dense.attention(
+            q, k, v, positions=positions, scale=scale, kv_block=self.contract.kv_block, kv_head_of=kv_head_of
+        )
+
+    def embedding(self, tokens: Array, table: Array, vocabulary: dense.Vocabulary) -> Array:
+        return dense.embedding(tokens, table, vocabulary)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("w",), meta_fields=())
+@dataclass(frozen=True)
+class _PlainWeight:
+    """``[K, N]``, the layout that ordinary dots read fastest on the CPU."""
+
+    w: Array
+
+
+@dataclass(frozen=True)
+class Plain(Numerics):
+    """Ordinary dots, XLA's own fusions, ``psum``. Results depend on mesh, batch and chunking."""
+
+    kind: ClassVar[Literal["invariant", "plain"]] = "plain"
+
+    def pack(self, kind: Literal["column", "row"], w: Array) -> _PlainWeight:
+        return _PlainWeight(self._matrix(kind, w))
+
+    @staticmethod
+    def _matrix(kind: Literal["column", "row"], w: Weight) -> Array:
+        if isinstance(w, _PlainWeight):
+            return w.w
+        if kind == "column":
+            return w.reshape(-1, w.shape[-1]).T
+        return w.swapaxes(1, 2).reshape(-1, w.shape[1])
+
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+        y = jnp.dot(x, self._matrix("column", w), preferred_element_type=dtype or x.dtype)
+        return y if bias is None else y + bias
+
+    def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
+        y = lax.psum(jnp.dot(x, self._matrix("row", w)), axis)
+        return y if bias is None else y + bias
+
+    def add(self, x: Array, y: Array) -> Array:
+        return x + y
+
+    def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos[..., None, :], sin[..., None, :]
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None
+    ) -> Array:
+        if kv_head_of is not None:
+            k, v = jnp.take(k, kv_head_of, axis=1), jnp.take(v, kv_head_of, axis=1)
+        batch, queries, heads, dim = q.shape
+        q = q.reshape(batch, queries, k.shape[1], -1, dim)
+        scores = jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+        visible = jnp.arange(k.shape[2]) <= positions[:, None, None, :, None]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+        y = jnp.einsum("bkgts,bksd->btkgd", weights, v)
+        return y.reshape(batch, queries, heads, dim)
+
+    def embedding(self, tokens: Array, table: Array, vocabulary: dense.Vocabulary) -> Array:
+        first, held = vocabulary.local_entries()
+        index = tokens - first
+        mine = (index >= 0) & (index < held)
+        return lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0), vocabulary.axis_name)
