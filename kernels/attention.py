@@ -10,6 +10,7 @@ from jax import lax
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
+from tbik_jax.kernels.elementary import exp
 from tbik_jax.kernels.exact import cast, product, quotient, tree_sum
 from tbik_jax.kernels.matmul import cpu
 
@@ -136,7 +137,7 @@ def _some_queries(scale: float, kv_block: int, q: Array, k: Array, v: Array, pos
     last = jnp.repeat(positions, group, axis=1)[:, None, :, None]
     visible = jnp.arange(k.shape[2]) <= last
     scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     weights = weights.reshape(batch, kv_heads, rows, -1, kv_block)
     total = _left_deep(tree_sum(weights), axis=3)
     values = lax.dot_general(

@@ -16,20 +16,27 @@ Array = jax.Array
 _EXPONENT_AND_MANTISSA = {"bfloat16": (8, 7), "float16": (5, 10)}
 
 
-def product(a: Array, b: Array | float) -> Array:
-    """``a * b``, rounded before anyone adds to it.
+def rounded(x: Array) -> Array:
+    """``x`` as a value of its own: no add behind it contracts with the product that may have made it.
 
-    The select keeps LLVM from contracting the product with a following add: it may not assume that a value is not NaN.
-    ``lax.optimization_barrier`` and ``lax.reduce_precision`` do not do this on XLA:CPU.
+    The select keeps LLVM from contracting: it may not assume that a value is not NaN. ``lax.optimization_barrier`` and
+    ``lax.reduce_precision`` do not do this on XLA:CPU.
     """
-    value = a * b
-    return jnp.where(value == value, value, jnp.nan)
+    return jnp.where(x == x, x, jnp.nan)
+
+
+def product(a: Array, b: Array | float) -> Array:
+    """``a * b``, rounded before anyone adds to it."""
+    return rounded(a * b)
 
 
 def quotient(a: Array, b: Array) -> Array:
-    """``a / b``, rounded: XLA may turn it into a product with a reciprocal, which an add could then swallow."""
-    value = a / b
-    return jnp.where(value == value, value, jnp.nan)
+    """``a * (1 / b)``, both steps rounded.
+
+    XLA makes this of ``a / b`` where it sees that b is broadcast, under ``jit`` alone, and not for a single element.
+    Written out, it is the same everywhere.
+    """
+    return product(a, 1.0 / b)
 
 
 def cast(x: Array, dtype: DTypeLike) -> Array:

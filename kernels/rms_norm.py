@@ -6,8 +6,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from tbik_jax.kernels.elementary import rsqrt
 from tbik_jax.kernels.exact import cast, product, tree_sum
 
 Array = jax.Array
@@ -31,13 +31,13 @@ def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rms_norm(eps: float, x: Array, scale: Array) -> Array:
     normal, _ = _normalise(eps, x)
-    return cast(normal * scale.astype(jnp.float32), x.dtype)
+    return cast(product(normal, scale.astype(jnp.float32)), x.dtype)
 
 
 def _normalise(eps: float, x: Array) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     mean = product(tree_sum(product(x, x), keepdims=True), 1.0 / x.shape[-1])
-    inverse = lax.rsqrt(mean + eps)
+    inverse = rsqrt(mean + eps)
     return product(x, inverse), inverse
 
 

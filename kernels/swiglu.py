@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tbik_jax.kernels.elementary import exp
 from tbik_jax.kernels.exact import cast, product, quotient
 
 Array = jax.Array
@@ -21,7 +22,7 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def _silu(g: Array) -> Array:
-    return quotient(g, 1.0 + jnp.exp(-g))
+    return quotient(g, 1.0 + exp(-g))
 
 
 def _forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -31,7 +32,7 @@ def _forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     gate, up = saved
     g, u, dy = gate.astype(jnp.float32), up.astype(jnp.float32), dy.astype(jnp.float32)
-    sigmoid = quotient(jnp.ones_like(g), 1.0 + jnp.exp(-g))
+    sigmoid = quotient(jnp.ones_like(g), 1.0 + exp(-g))
     silu = _silu(g)
     slope = sigmoid + product(silu, 1.0 - sigmoid)
     return cast(product(product(dy, u), slope), gate.dtype), cast(product(dy, silu), up.dtype)

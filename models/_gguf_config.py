@@ -72,8 +72,7 @@ def fields_from_gguf(
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         problems.unsupported(
-            f"general.architecture = {architecture!r} is not supported; supported are "
-            f"{', '.join(_ARCHITECTURES)}"
+            f"general.architecture = {architecture!r} is not supported; supported are {', '.join(_ARCHITECTURES)}"
         )
         return {}
     own = {
@@ -127,9 +126,7 @@ def _refuse_other_functions(
             continue
         inert = _INERT.get(key, ())
         if inert is not None and value not in inert:
-            problems.unsupported(
-                f"{architecture}.{key} = {value!r} is not supported, and may change the function"
-            )
+            problems.unsupported(f"{architecture}.{key} = {value!r} is not supported, and may change the function")
     for key, field in {
         "vocab_size": "vocab_size",
         "rope.dimension_count": "head_dim",
@@ -153,15 +150,11 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor")
     if kind not in ("none", "linear", "yarn"):
-        problems.unsupported(
-            f"rope.scaling.type = {kind!r} is not supported; supported are none, linear and yarn"
-        )
+        problems.unsupported(f"rope.scaling.type = {kind!r} is not supported; supported are none, linear and yarn")
         return None
     if factors is not None:
         if kind != "none":
-            problems.unsupported(
-                f"{ROPE_FACTORS} together with rope.scaling.type = {kind!r} is not supported"
-            )
+            problems.unsupported(f"{ROPE_FACTORS} together with rope.scaling.type = {kind!r} is not supported")
             return None
         return _llama3_scaling(fields, factors, problems)
     if kind == "none":

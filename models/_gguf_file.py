@@ -77,9 +77,7 @@ class GGUFFile:
 
     def _parse(self, cursor: _Cursor, problems: Problems) -> None:
         magic = cursor.take(4)
-        if not problems.check(
-            magic == _MAGIC, f"it starts with {magic!r}, not {_MAGIC!r}; it is not a GGUF file"
-        ):
+        if not problems.check(magic == _MAGIC, f"it starts with {magic!r}, not {_MAGIC!r}; it is not a GGUF file"):
             return
         version = cursor.scalar("I")
         if version not in _VERSIONS:
@@ -119,9 +117,7 @@ class GGUFFile:
         try:
             kind = GGMLQuantizationType(code)
         except ValueError:
-            problems.unsupported(
-                f"{name} has the block format {code}, which this version of gguf does not know"
-            )
+            problems.unsupported(f"{name} has the block format {code}, which this version of gguf does not know")
             return
         tensor = StoredTensor(shape, kind, offset)
         block, _ = GGML_QUANT_SIZES[kind]
@@ -182,8 +178,6 @@ class _Cursor:
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
-            raise _MalformedError(
-                f"the array before byte {self.position} has elements of the unknown type {kind}"
-            )
+            raise _MalformedError(f"the array before byte {self.position} has elements of the unknown type {kind}")
         code = _SCALARS[kind]
         return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))

@@ -64,8 +64,7 @@ def build(file: GGUFFile) -> tokenizers.Tokenizer:
             sound = isinstance(values, list) and all(isinstance(value, kind) for value in values)
             problems.check(
                 sound,
-                f"tokenizer.ggml.{name} is "
-                f"{'missing' if values is None else 'not a list of ' + kind.__name__}",
+                f"tokenizer.ggml.{name} is {'missing' if values is None else 'not a list of ' + kind.__name__}",
             )
             return values if sound else []  # type: ignore[return-value]
 
@@ -91,9 +90,7 @@ def build(file: GGUFFile) -> tokenizers.Tokenizer:
         problems.check(len(vocabulary) == len(tokens), "a token occurs twice; the file is corrupt")
         pairs = [tuple(str(merge).split(" ")) for merge in merges]
         broken = [pair for pair in pairs if len(pair) != 2 or not vocabulary.keys() >= {*pair, "".join(pair)}]
-        problems.check(
-            not broken, f"{len(broken)} merges are not of two tokens into a third, the first {broken[:1]}"
-        )
+        problems.check(not broken, f"{len(broken)} merges are not of two tokens into a third, the first {broken[:1]}")
         for role in ("bos", "eos", "eot", "eom", "unknown", "padding"):
             token = file.metadata.get(f"tokenizer.ggml.{role}_token_id", 0)
             problems.check(

@@ -124,20 +124,13 @@ def _architecture(data: Mapping[str, Any], problems: Problems) -> str | None:
     if not named:
         problems.add(f"architectures is missing; name one of {supported}")
         return None
-    if (
-        isinstance(named, list)
-        and len(named) == 1
-        and isinstance(named[0], str)
-        and named[0] in _ARCHITECTURES
-    ):
+    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and named[0] in _ARCHITECTURES:
         return _ARCHITECTURES[named[0]]
     problems.unsupported(f"architectures = {named!r} is not supported; supported are {supported}")
     return None
 
 
-def _heads(
-    data: Mapping[str, Any], architecture: str | None, fields: dict[str, Any], problems: Problems
-) -> None:
+def _heads(data: Mapping[str, Any], architecture: str | None, fields: dict[str, Any], problems: Problems) -> None:
     """KV heads and head size, which older files leave out and which default differently by architecture."""
     heads, hidden = fields.get("num_heads"), fields.get("hidden_size")
     if data.get("num_key_value_heads") is not None:
@@ -154,8 +147,7 @@ def _heads(
         fields["head_dim"] = hidden // heads
         problems.check(
             hidden % heads == 0,
-            f"head_dim is missing, and hidden_size = {hidden} is not a multiple of "
-            f"num_attention_heads = {heads}",
+            f"head_dim is missing, and hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}",
         )
     if fields.get("num_kv_heads") is None:
         fields.pop("num_kv_heads", None)
@@ -170,9 +162,7 @@ def _rope(data: Mapping[str, Any], fields: dict[str, Any], problems: Problems) -
         parameters = data.get(key)
         if parameters is None:
             continue
-        if not problems.check(
-            isinstance(parameters, Mapping), f"{key} = {parameters!r} is not an object or null"
-        ):
+        if not problems.check(isinstance(parameters, Mapping), f"{key} = {parameters!r} is not an object or null"):
             continue
         if any(isinstance(value, Mapping) for value in parameters.values()):
             problems.unsupported(
@@ -183,8 +173,7 @@ def _rope(data: Mapping[str, Any], fields: dict[str, Any], problems: Problems) -
             thetas[f"{key}.rope_theta"] = parameters["rope_theta"]
         if parameters.get("partial_rotary_factor") not in _INERT["partial_rotary_factor"]:
             problems.unsupported(
-                f"{key}.partial_rotary_factor = {parameters['partial_rotary_factor']!r}: heads are rotated "
-                "whole"
+                f"{key}.partial_rotary_factor = {parameters['partial_rotary_factor']!r}: heads are rotated whole"
             )
         scalings[key] = _rope_scaling(key, parameters, fields.get("max_position_embeddings"), problems)
     first, *others = thetas or {"default": 10000.0}
@@ -217,9 +206,7 @@ def _rope_scaling(
         )
         return None
     for name in parameters.keys() - _ROPE_KNOWN:
-        problems.unsupported(
-            f"{key}.{name} = {parameters[name]!r} is unknown, and may change the frequencies"
-        )
+        problems.unsupported(f"{key}.{name} = {parameters[name]!r} is unknown, and may change the frequencies")
     found = {name: parameters[name] for name in _ROPE_FIELDS[rope_type] if parameters.get(name) is not None}
     if rope_type == "yarn" and max_positions is not None:
         found.setdefault("original_max_position_embeddings", max_positions)
@@ -229,9 +216,7 @@ def _rope_scaling(
 def _refuse_other_functions(data: Mapping[str, Any], architecture: str | None, problems: Problems) -> None:
     act = data.get("hidden_act", "silu")
     if act != "silu":
-        problems.unsupported(
-            f"hidden_act = {act!r} is not supported; the MLP is SwiGLU, whose activation is silu"
-        )
+        problems.unsupported(f"hidden_act = {act!r} is not supported; the MLP is SwiGLU, whose activation is silu")
     for key, inert in _INERT.items():
         value = data.get(key)
         if value not in inert:

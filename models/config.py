@@ -143,21 +143,15 @@ class ModelConfig:
         required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
         with Problems("ModelConfig.from_dict") as problems:
             for name in data.keys() - known.keys():
-                problems.add(
-                    f"{name} = {data[name]!r} is not a field of ModelConfig; known are {', '.join(known)}"
-                )
+                problems.add(f"{name} = {data[name]!r} is not a field of ModelConfig; known are {', '.join(known)}")
             for name in required:
                 problems.check(name in data, f"{name} is missing")
             check_fields(data, problems)
         scaling = data.get("rope_scaling")
-        return cls(
-            **{**data, "rope_scaling": RopeScaling(**scaling) if isinstance(scaling, Mapping) else scaling}
-        )
+        return cls(**{**data, "rope_scaling": RopeScaling(**scaling) if isinstance(scaling, Mapping) else scaling})
 
 
-def check_fields(
-    fields: Mapping[str, Any], problems: Problems, names: Mapping[str, str] | None = None
-) -> None:
+def check_fields(fields: Mapping[str, Any], problems: Problems, names: Mapping[str, str] | None = None) -> None:
     """Record what is wrong with the given fields of a :class:`ModelConfig`; absent fields are not looked at.
 
     ``names`` gives the fields the names that their file uses, for messages that a user can act on.
@@ -175,9 +169,7 @@ def check_fields(
     choice("dtype", get_args(StoredDType))
     sound: dict[str, int] = {}
     for field in _SIZES:
-        if field in fields and check(
-            field, _is_int(fields[field]) and fields[field] > 0, "a positive integer"
-        ):
+        if field in fields and check(field, _is_int(fields[field]) and fields[field] > 0, "a positive integer"):
             sound[field] = fields[field]
     for field, least in (("rms_norm_eps", 0), ("rope_theta", 1)):
         if field in fields:
@@ -242,9 +234,7 @@ def _check_rope_scaling(fields: Mapping[str, Any], problems: Problems) -> None:
                 f"rope_scaling.{name} is missing; rope type {rope_type} needs it",
             )
         elif name == "original_max_position_embeddings":
-            problems.check(
-                _is_int(value) and value > 0, f"rope_scaling.{name} = {value!r} is not a positive integer"
-            )
+            problems.check(_is_int(value) and value > 0, f"rope_scaling.{name} = {value!r} is not a positive integer")
         elif problems.check(
             _is_number(value) and value > 0, f"rope_scaling.{name} = {value!r} is not a positive number"
         ):
@@ -252,8 +242,7 @@ def _check_rope_scaling(fields: Mapping[str, Any], problems: Problems) -> None:
     if "factor" in sound:
         problems.check(
             sound["factor"] >= 1,
-            f"rope_scaling.factor = {sound['factor']!r} is under 1; it stretches the context, and cannot "
-            "shrink it",
+            f"rope_scaling.factor = {sound['factor']!r} is under 1; it stretches the context, and cannot shrink it",
         )
     problems.check(
         isinstance(values["truncate"], bool),

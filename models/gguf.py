@@ -67,9 +67,7 @@ class GGUFSource:
         with Problems(str(self.path)) as problems:
             for name, tensor in self.file.tensors.items():
                 if tensor.kind not in _PLAIN and not _can_decode(tensor.kind):
-                    problems.unsupported(
-                        f"{name} is in the block format {tensor.kind.name}, which gguf cannot decode"
-                    )
+                    problems.unsupported(f"{name} is in the block format {tensor.kind.name}, which gguf cannot decode")
             fields = fields_from_gguf(self.file.metadata, self._shapes(), factors, problems)
             fields["dtype"] = self._stored_dtype()
         self.config = ModelConfig.from_dict(fields)

@@ -174,7 +174,5 @@ def _no_weights(folder: Path) -> str:
             "safetensors: model.save_pretrained(folder, safe_serialization=True) in transformers"
         )
     elif others:
-        message += (
-            f", only {', '.join(others[:3])}; these need the index, or the name {_SINGLE} if one file is all"
-        )
+        message += f", only {', '.join(others[:3])}; these need the index, or the name {_SINGLE} if one file is all"
     return message

@@ -66,9 +66,7 @@ def _open_gguf(path: Path, name: str) -> OpenedModel:
     return _checked(source.config, source, tokenizer, name)
 
 
-def _checked(
-    config: ModelConfig, source: TensorSource, tokenizer: Tokenizer | None, name: str
-) -> OpenedModel:
+def _checked(config: ModelConfig, source: TensorSource, tokenizer: Tokenizer | None, name: str) -> OpenedModel:
     validate(source, config)
     if tokenizer is not None:
         with Problems(name) as problems:

@@ -25,9 +25,7 @@ Float32 = npt.NDArray[np.float32]
 
 # The only transcendental functions here are decimal's, which are correctly rounded on every platform.
 _DIGITS = decimal.Context(prec=80)
-_PI = Decimal(
-    "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798"
-)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798")
 
 #: Far above the relative error of any float64 cosine, far below half a float32 step.
 _LIBRARY_ERROR = 2.0**-44

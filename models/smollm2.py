@@ -51,6 +51,5 @@ def _in_package() -> Path:
         if file.name == FILE_NAME:
             return Path(str(package.locate_file(file)))
     raise ValueError(
-        f"smollm2: {PACKAGE} {package.version} lists no {FILE_NAME}; install the version that has it: "
-        f"{_INSTALL}"
+        f"smollm2: {PACKAGE} {package.version} lists no {FILE_NAME}; install the version that has it: {_INSTALL}"
     )

@@ -307,9 +307,7 @@ def _folder_template(folder: Path, settings: Mapping[str, Any], problems: Proble
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            problems.add(
-                f"{path.name} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
-            )
+            problems.add(f"{path.name} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}")
             return None
     template = settings.get("chat_template")
     if isinstance(template, list):

@@ -159,7 +159,9 @@ class Block(nnx.Module):
         def norm(part: str, size: int) -> nnx.Param[Array]:
             return _parameter(Origin(names(part), stacked=True), (size,), dtype)
 
-        def linear(kind: Literal["column", "row"], parts: dict[str, tuple[Any, int, int]], bias: bool, leaves: int) -> Linear:
+        def linear(
+            kind: Literal["column", "row"], parts: dict[str, tuple[Any, int, int]], bias: bool, leaves: int
+        ) -> Linear:
             cut: Literal["rows", "columns"] = "rows" if kind == "column" else "columns"
             origins = {
                 part.rsplit(".", 1)[-1]: (
@@ -199,7 +201,13 @@ class Block(nnx.Module):
         self.down = linear("row", {"mlp.down_proj": (mlp_slots, mlp_width, 0)}, config.mlp_bias, layout.mlp_leaves)
 
     def __call__(
-        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None, layer: Array
+        self,
+        numerics: Numerics,
+        x: Array,
+        rotary: tuple[Array, Array],
+        positions: Array,
+        cache: KVCache | None,
+        layer: Array,
     ) -> tuple[Array, KVCache | None]:
         with jax.named_scope("attention"):
             y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
@@ -210,7 +218,13 @@ class Block(nnx.Module):
             return numerics.add(x, y), cache
 
     def _attend(
-        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None, layer: Array
+        self,
+        numerics: Numerics,
+        x: Array,
+        rotary: tuple[Array, Array],
+        positions: Array,
+        cache: KVCache | None,
+        layer: Array,
     ) -> tuple[Array, KVCache | None]:
         config, layout = self.config, self.layout
         q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 
 from tbik_jax._axes import axis_size, vary, varying_axes
 from tbik_jax._problems import Problems
-from tbik_jax.kernels.exact import cast
+from tbik_jax.kernels.exact import cast, rounded
 from tbik_jax.tree import Schedule, Tree, schedule
 
 Array = jax.Array
@@ -162,6 +162,7 @@ def _local_nodes(plan: Schedule, axis_name: str, leaves: Array) -> Array:
         idle = [jnp.zeros_like(nodes[0])] * (plan.width - len(nodes))
         return jnp.stack(nodes + idle)
 
+    leaves = rounded(leaves)  # a caller's product must not contract with the first add
     if plan.is_uniform:
         return reduce(0, leaves)
     # Ranks with the same additions share a branch.

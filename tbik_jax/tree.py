@@ -21,8 +21,8 @@ from tbik_jax._problems import Problems
 
 T = TypeVar("T")
 
-#: More leaves than anyone shards over; bounds the cost of the pure-Python schedules.
-MAX_LEAVES = 4096
+#: More leaves than anyone shards over; bounds the pure-Python schedules, and the recursion along a chain.
+MAX_LEAVES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Tree:
     (:meth:`nodes`) and finishing from them (:meth:`finish`) performs the very additions of :meth:`reduce`.
 
     Raises:
-        ValueError: ``leaves`` outside 1..4096, an arity under 2, or no arity.
+        ValueError: ``leaves`` outside 1..256, an arity under 2, or no arity.
     """
 
     leaves: int

@@ -15,7 +15,7 @@ from tbik_jax._problems import Problems
 from tbik_jax.collectives import Algorithm, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
-from tbik_jax.kernels.exact import cast
+from tbik_jax.kernels.exact import cast, rounded, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
 from tbik_jax.tree import Tree, schedule
 
@@ -66,7 +66,7 @@ def column_parallel(
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
         slots = _slots(tree, axis_name)
         y = _column(axis_name, tree, rows, w.reshape(slots, -1, k))
-    return _finish(y, bias, dtype or x.dtype).reshape(*lead, -1)
+    return _finish("dense.column_parallel", y, bias, dtype or x.dtype).reshape(*lead, -1)
 
 
 def row_parallel(
@@ -132,7 +132,7 @@ def row_parallel(
         total = tree_psum_scatter(
             parts, axis_name, tree=tree, scatter_dimension=scatter_dimension, algorithm=algorithm
         )
-    return _finish(total, bias, dtype or x.dtype)
+    return _finish("dense.row_parallel", total, bias, dtype or x.dtype)
 
 
 def make_dot_general(
@@ -179,8 +179,32 @@ def make_dot_general(
 # Pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _finish(total: Array, bias: Array | None, dtype: DTypeLike) -> Array:
-    return cast(total if bias is None else total + bias.astype(jnp.float32), dtype)
+def _finish(where: str, total: Array, bias: Array | None, dtype: DTypeLike) -> Array:
+    if bias is not None:
+        with Problems(where) as problems:
+            problems.check(
+                bias.shape == total.shape[-1:],
+                f"bias has shape {bias.shape}, the result {total.shape}; give one value per local column",
+            )
+        total = _add_bias(total, vary_like(bias, total))
+    return cast(total, dtype)
+
+
+@jax.custom_vjp
+def _add_bias(total: Array, bias: Array) -> Array:
+    return total + bias.astype(jnp.float32)
+
+
+def _add_bias_fwd(total: Array, bias: Array) -> tuple[Array, Array]:
+    return _add_bias(total, bias), bias
+
+
+def _add_bias_bwd(bias: Array, dy: Array) -> tuple[Array, Array]:
+    # Autodiff's own sum over the rows goes in an order that depends on the number of local columns.
+    return dy, cast(tree_sum(rounded(dy).reshape(-1, bias.shape[0]), axis=0), bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
 def _slots(tree: Tree, axis_name: str | None) -> int:

@@ -17,6 +17,7 @@ from tbik_jax._axes import axis_size, vary
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
+from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import cast, product, tree_sum
 from tbik_jax.tree import Schedule, Tree, schedule
 
@@ -165,14 +166,14 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
     top = jnp.max(logits, axis=-1)
     if vocabulary.axis_name is not None:
         top = lax.pmax(vary(top, vocabulary.axis_name), vocabulary.axis_name)
-    terms = jnp.exp(logits - top[..., None])
+    terms = exp(logits - top[..., None])
     by_leaf = tree_sum(terms.reshape(*terms.shape[:-1], vocabulary.plan.slots, vocabulary.width))
     leaves = jnp.moveaxis(by_leaf, -1, 0)
     if vocabulary.axis_name is None:
         total = vocabulary.tree.reduce(list(leaves), jnp.add)
     else:
         total = tree_psum(leaves, vocabulary.axis_name, tree=vocabulary.tree)
-    return top + jnp.log(total)
+    return top + log(total)
 
 
 def log_softmax(logits: Array, vocabulary: Vocabulary) -> Array:
@@ -206,7 +207,7 @@ def _log_softmax_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Arr
         total = vocabulary.tree.reduce(list(by_leaf), jnp.add)
     else:
         total = tree_psum(by_leaf, vocabulary.axis_name, tree=vocabulary.tree)
-    return (cast(dy - product(jnp.exp(y), total[..., None]), like.dtype),)
+    return (cast(dy - product(exp(y), total[..., None]), like.dtype),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
@@ -245,7 +246,7 @@ def _cross_entropy_bwd(
 ) -> tuple[Array, None]:
     logits, labels, total = saved
     index, mine = _local_index(vocabulary, labels)
-    p = jnp.exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])
+    p = exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])
     hit = mine[..., None] & (jnp.arange(logits.shape[-1]) == index[..., None])
     known = (labels >= 0) & (labels < vocabulary.size)
     dloss = jnp.where(known, dloss, 0.0)[..., None]

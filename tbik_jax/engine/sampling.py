@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbik_jax._problems import Problems
+from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import quotient, tree_sum
 
 Array = jax.Array
@@ -61,13 +62,13 @@ def _gumbel(size: int, seeds: Array, positions: Array) -> Array:
 
     # 24 random bits in the middle of their interval: never 0, never 1.
     uniform = ((jax.vmap(one)(seeds, positions) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
-    return -jnp.log(-jnp.log(uniform))
+    return -log(-log(uniform))
 
 
 def _nucleus(scaled: Array, top_p: float) -> Array:
     """-inf outside the most probable tokens; a token stays if those before it have less than ``top_p`` together."""
     ordered = lax.sort(scaled, dimension=-1)[:, ::-1]
-    weights = jnp.exp(ordered - ordered[:, :1])
+    weights = exp(ordered - ordered[:, :1])
     p = quotient(weights, jnp.broadcast_to(tree_sum(weights, keepdims=True), weights.shape))
     before = _prefix_sum(p) - p
     kept = jnp.sum(before < top_p, axis=-1, keepdims=True)

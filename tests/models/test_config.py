@@ -294,7 +294,7 @@ def test_json_round_trip(scaling):
 def test_from_dict_refuses_what_it_does_not_know():
     data = ModelConfig.from_hf(llama_json()).to_dict()
     del data["num_layers"]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"ModelConfig\.from_dict: 4 problems") as caught:
         ModelConfig.from_dict({**data, "sinks": 4, "rope_scaling": {"rope_type": "linear", "warp": 1}})
     for line in [
         "sinks = 4 is not a field of ModelConfig",

@@ -54,7 +54,7 @@ def test_names_configuration_and_every_row_range(tmp_path, config, tied):
         assert source.dtype(name) == np.float32
         for start, stop in ((0, None), (0, rows), (rows // 3, rows // 2), (rows - 1, rows), (5, 5)):
             assert source.read(name, start, stop).tobytes() == tensor[start:stop].tobytes()
-    with pytest.raises(ValueError, match="no tensor 'output.weight'"):
+    with pytest.raises(ValueError, match=r"no tensor 'output\.weight'"):
         source.read("output.weight")
 
 
@@ -98,7 +98,7 @@ def test_quantized_rows(tmp_path, kind, config):
 
 def test_q8_0_by_hand(tmp_path):
     # 32 int8 values and one float16 scale.
-    path, tensors = written(tmp_path, quantized=gguf.GGMLQuantizationType.Q8_0)
+    path, _ = written(tmp_path, quantized=gguf.GGMLQuantizationType.Q8_0)
     file = GGUFFile(path)
     stored = file.rows("token_embd.weight", slice(5, 6))
     assert stored.shape == (1, 2 * 34)

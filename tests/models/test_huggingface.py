@@ -51,7 +51,7 @@ def test_bad_reads(tmp_path):
     source = HuggingFaceSource(tmp_path)
     with pytest.raises(ValueError, match=r"model\.norm\.weight: rows 0\.\.65 are not a range inside its 64 rows"):
         source.read("model.norm.weight", 0, 65)
-    with pytest.raises(ValueError, match="no tensor 'model.norm'"):
+    with pytest.raises(ValueError, match=r"no tensor 'model\.norm'"):
         source.read("model.norm")
 
 

@@ -59,7 +59,7 @@ def test_more_tokens_than_rows(tmp_path):
 def test_unknown(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="^open_model: ") as caught:
+    with pytest.raises(ValueError, match=r"^open_model: ") as caught:
         open_model(name)
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)

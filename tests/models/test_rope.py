@@ -144,5 +144,5 @@ def test_entries_do_not_depend_on_the_library(monkeypatch):
 
 @pytest.mark.parametrize("length", [0, -1, 2.0, True])
 def test_bad_length(length):
-    with pytest.raises(ValueError, match="rope_tables: length = .* is not a positive integer"):
+    with pytest.raises(ValueError, match=r"rope_tables: length = .* is not a positive integer"):
         rope_tables(config_of(), length)

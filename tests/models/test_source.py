@@ -90,7 +90,7 @@ def test_a_complete_source_passes():
 
 
 def violations(arrays, config=LLAMA):
-    with pytest.raises(ValueError, match="^weights: ") as caught:
+    with pytest.raises(ValueError, match=r"^weights: ") as caught:
         validate(ArraySource(arrays), config)
     return str(caught.value)
 
