@@ -73,7 +73,9 @@ def _check(q: Array, k: Array, v: Array, positions: Array, kv_block: int, kv_hea
         problems.check(k.shape == v.shape, f"k and v differ in shape: {k.shape} and {v.shape}")
         problems.check(kv_block > 0 and kv_block % 64 == 0, f"kv_block = {kv_block} is not a positive multiple of 64")
         for name, x in (("q", q), ("k", k), ("v", v)):
-            problems.check(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16), f"{name} is {x.dtype}; use f32, bf16 or f16")
+            problems.check(
+                x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16), f"{name} is {x.dtype}; use f32, bf16 or f16"
+            )
         if fits:
             problems.check(q.shape[0] == k.shape[0], f"q has batch {q.shape[0]}, k has {k.shape[0]}")
             problems.check(q.shape[3] == k.shape[3], f"q has head_dim {q.shape[3]}, k has {k.shape[3]}")
@@ -88,7 +90,9 @@ def _check(q: Array, k: Array, v: Array, positions: Array, kv_block: int, kv_hea
                     kv_head_of.shape == (q.shape[2],), f"kv_head_of has shape {kv_head_of.shape}, not {(q.shape[2],)}"
                 )
             if q.shape[3] > cpu.K_STEP:
-                problems.unsupported(f"head_dim {q.shape[3]} is above {cpu.K_STEP}, the longest chain of the CPU's products")
+                problems.unsupported(
+                    f"head_dim {q.shape[3]} is above {cpu.K_STEP}, the longest chain of the CPU's products"
+                )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -160,14 +164,14 @@ def _left_deep(x: Array, axis: int) -> Array:
     return lax.fori_loop(1, count, lambda i, t: t + lax.dynamic_index_in_dim(x, i, axis, keepdims=False), total)
 
 
-def _forward(
-    scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array
-) -> tuple[Array, None]:
+def _forward(scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array) -> tuple[Array, None]:
     return _attention(scale, kv_block, q, k, v, positions), None
 
 
 def _backward(scale: float, kv_block: int, saved: None, dy: Array) -> tuple[Array, ...]:
-    raise NotImplementedError("attention: the backward pass has no invariant implementation yet; differentiate other ops only")
+    raise NotImplementedError(
+        "attention: the backward pass has no invariant implementation yet; differentiate other ops only"
+    )
 
 
 _attention.defvjp(_forward, _backward)

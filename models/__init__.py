@@ -1,0 +1,1 @@
+"""Flax NNX transformers of the Llama family, and how their weights are described, read, laid out and stored."""

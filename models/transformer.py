@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from tbik_jax import dense
-from tbik_jax._axes import vary_like
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.layout import Layout
 from tbik_jax.models.rope import rope_tables

@@ -40,9 +40,7 @@ def execute(path: Path, timeout: int) -> nbformat.NotebookNode:
         kernel = AsyncKernelManager(
             kernel_name="python3", kernel_spec_manager=this_python, transport="ipc", ip=f"{sockets}/kernel"
         )
-        client = NotebookClient(
-            notebook, km=kernel, timeout=timeout, resources=resources, record_timing=False
-        )
+        client = NotebookClient(notebook, km=kernel, timeout=timeout, resources=resources, record_timing=False)
         client.execute(cleanup_kc=True)  # a manager of our own is not shut down otherwise
     return notebook
 

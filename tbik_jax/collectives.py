@@ -124,7 +124,9 @@ def local_nodes(leaves: Array, axis_name: str, *, tree: Tree) -> Array:
 def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str) -> Schedule:
     ranks = axis_size(axis_name)
     with Problems(where) as problems:
-        problems.check(leaves.dtype == jnp.float32, f"leaf values are {leaves.dtype}, not float32: nodes are added in f32")
+        problems.check(
+            leaves.dtype == jnp.float32, f"leaf values are {leaves.dtype}, not float32: nodes are added in f32"
+        )
         problems.check(algorithm in get_args(Algorithm), f"algorithm {algorithm!r} is not one of {get_args(Algorithm)}")
         fits = problems.check(
             ranks <= tree.leaves,

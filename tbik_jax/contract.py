@@ -86,7 +86,9 @@ class Contract:
             for name in sorted(names - set(data)):
                 problems.add(f"field {name!r} is missing; it was not written by this version of the package")
             for name in sorted(set(data) - names):
-                problems.add(f"field {name!r} = {data[name]!r} is unknown here; install the tbik-jax release that wrote it")
+                problems.add(
+                    f"field {name!r} = {data[name]!r} is unknown here; install the tbik-jax release that wrote it"
+                )
         return cls(**{name: tuple(value) if isinstance(value := data[name], list) else value for name in names})
 
     def to_json(self) -> str:
@@ -103,7 +105,9 @@ class Contract:
             ContractMismatchError: listing every field that differs.
         """
         mine, other = self.to_dict(), asked.to_dict()
-        differing = [f"  - {name}: stored {mine[name]!r}, asked {other[name]!r}" for name in mine if mine[name] != other[name]]
+        differing = [
+            f"  - {name}: stored {mine[name]!r}, asked {other[name]!r}" for name in mine if mine[name] != other[name]
+        ]
         if differing:
             raise ContractMismatchError(
                 "the model was stored under another contract; its results would have other bits:\n"

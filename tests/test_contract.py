@@ -96,7 +96,9 @@ def test_another_version_is_refused_with_the_way_out():
     data = Contract().to_dict() | {"version": CONTRACT_VERSION + 1}
     with pytest.raises(ValueError) as error:
         Contract.from_json(json.dumps(data))
-    assert f"version = {CONTRACT_VERSION + 1}, but this package implements version {CONTRACT_VERSION} only" in str(error.value)
+    assert f"version = {CONTRACT_VERSION + 1}, but this package implements version {CONTRACT_VERSION} only" in str(
+        error.value
+    )
     assert "install the tbik-jax release that wrote it" in str(error.value)
 
 

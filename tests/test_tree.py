@@ -19,7 +19,9 @@ trees = st.builds(Tree, leaf_counts, arities.map(tuple))
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     tree = draw(trees)
-    ranks = draw(st.one_of(st.integers(1, tree.leaves), st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= tree.leaves])))
+    ranks = draw(
+        st.one_of(st.integers(1, tree.leaves), st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= tree.leaves]))
+    )
     return schedule(tree, ranks)
 
 
@@ -226,9 +228,7 @@ def test_a_butterfly_is_the_tree_up_to_the_order_of_two_operands(plan):
     if not power_of_two or plan.width != 1:
         assert not plan.is_butterfly
         return
-    values: list[object] = [
-        plan.reduce_local(rank, list(held), unordered)[0] for rank, held in enumerate(plan.ranges)
-    ]
+    values: list[object] = [plan.reduce_local(rank, list(held), unordered)[0] for rank, held in enumerate(plan.ranges)]
     step = 1
     while step < plan.ranks:
         values = [unordered(values[rank], values[rank ^ step]) for rank in range(plan.ranks)]
@@ -284,7 +284,9 @@ def test_the_longest_chain_fits_the_interpreters_stack():
 @pytest.mark.parametrize("ranks", [0, -1, 9])
 def test_more_ranks_than_leaves_or_none(ranks):
     for make in (leaf_ranges, lambda leaves, ranks: schedule(Tree(leaves), ranks)):
-        with pytest.raises(ValueError, match=rf"{ranks} ranks over 8 leaves.*\bUse a smaller mesh, or a contract with more"):
+        with pytest.raises(
+            ValueError, match=rf"{ranks} ranks over 8 leaves.*\bUse a smaller mesh, or a contract with more"
+        ):
             make(8, ranks)
 
 

@@ -7,7 +7,7 @@ forms that always are, with chunks of K no longer than 256:
 form       weights                 rows M          why
 =========  ======================  ==============  ================================================================
 `panels`   ``[chunk, P, k, n]``    M < 64          k * n <= 32768 keeps XLA on its own emitter, which walks K in order
-`full`     ``[chunk, k, N]``       M >= 64         the library's gemm walks K in order if N is a multiple of 64
+`full`     ``[chunk, k, N]``       M = 1, M >= 64  the library's gemm walks K in order if N is a multiple of 64
 `rows`     ``[chunk, N, k]``       M >= 2          the same, for weights that were not packed
 =========  ======================  ==============  ================================================================
 
@@ -18,7 +18,7 @@ the first use in a process, and fails closed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ _LANES = 64
 _PANEL_ELEMENTS = 32768
 _LARGE_M = 64
 _UNROLLED_CHUNKS = 4
+
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
@@ -114,7 +115,7 @@ def leaf_products(x: Array, w: Array | PackedWeight, k_step: int = K_STEP) -> Ar
     x = x.reshape(m, leaves * count, size).transpose(1, 0, 2)
     if not isinstance(w, PackedWeight):
         partial_sums = _rows(x, w, count, size)
-    elif m < _LARGE_M:
+    elif m < _LARGE_M and not (m == 1 and w.full is not None):
         partial_sums = _panels(x, w.panels, count)
     else:
         partial_sums = _chunk_sum(x, _full_from_panels(w.panels) if w.full is None else w.full, count, contract=1)
@@ -168,7 +169,7 @@ class SelfTestError(RuntimeError):
     """This XLA on this processor does not give the bits that the contract asks for."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def self_test() -> None:
     """Compare every form to `spec` once per process.
 

@@ -58,7 +58,9 @@ def column_parallel(
     rows = x.reshape(-1, k)
     if isinstance(w, PackedWeight):
         with Problems("dense.column_parallel") as problems:
-            problems.check(w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]")
+            problems.check(
+                w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]"
+            )
         y = _packed_products(rows[:, None], w)[0]
     else:
         tree = _leaf_tree("dense.column_parallel", w, 0, axis_name, contract, leaves)
@@ -129,15 +131,11 @@ def row_parallel(
     elif scatter_dimension is None:
         total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm)
     else:
-        total = tree_psum_scatter(
-            parts, axis_name, tree=tree, scatter_dimension=scatter_dimension, algorithm=algorithm
-        )
+        total = tree_psum_scatter(parts, axis_name, tree=tree, scatter_dimension=scatter_dimension, algorithm=algorithm)
     return _finish("dense.row_parallel", total, bias, dtype or x.dtype)
 
 
-def make_dot_general(
-    contract: Contract, *, axis_name: str | None = None, leaves: int = 1
-) -> Callable[..., Array]:
+def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves: int = 1) -> Callable[..., Array]:
     """A ``dot_general`` for ``flax.nnx.Linear(dot_general=...)`` and ``flax.linen.Dense(dot_general=...)``.
 
     ``leaves=1`` has the numerics of :func:`column_parallel`; more leaves with an ``axis_name`` those of
@@ -160,11 +158,17 @@ def make_dot_general(
         (lhs_contract, rhs_contract), batch = dimension_numbers
         with Problems("dense.dot_general") as problems:
             if [d % lhs.ndim for d in lhs_contract] != [lhs.ndim - 1] or [d % rhs.ndim for d in rhs_contract] != [0]:
-                problems.unsupported(f"dimension_numbers {dimension_numbers}: only the last of lhs with the first of rhs")
+                problems.unsupported(
+                    f"dimension_numbers {dimension_numbers}: only the last of lhs with the first of rhs"
+                )
             if tuple(map(tuple, batch)) != ((), ()) or rhs.ndim != 2:
-                problems.unsupported(f"batch dimensions {batch} or a kernel of shape {rhs.shape}; only 2-d kernels [K, N]")
+                problems.unsupported(
+                    f"batch dimensions {batch} or a kernel of shape {rhs.shape}; only 2-d kernels [K, N]"
+                )
             if precision is not None:
-                problems.unsupported(f"precision={precision!r}: the contract fixes the accumulation, f32 from the leaves up")
+                problems.unsupported(
+                    f"precision={precision!r}: the contract fixes the accumulation, f32 from the leaves up"
+                )
             for name, value in unsupported.items():
                 if value is not None:
                     problems.unsupported(f"{name}={value!r}")
@@ -211,9 +215,7 @@ def _slots(tree: Tree, axis_name: str | None) -> int:
     return schedule(tree, 1 if axis_name is None else axis_size(axis_name)).slots
 
 
-def _leaf_tree(
-    where: str, w: Array, split: int, axis_name: str | None, contract: Contract, leaves: int | None
-) -> Tree:
+def _leaf_tree(where: str, w: Array, split: int, axis_name: str | None, contract: Contract, leaves: int | None) -> Tree:
     """The tree over the leaves of the dimension that the axis splits; checks that ``w`` is cut accordingly."""
     ranks = 1 if axis_name is None else axis_size(axis_name)
     with Problems(where) as problems:
@@ -250,9 +252,7 @@ def _column_fwd(axis_name: str | None, tree: Tree, x: Array, w: Array) -> tuple[
     return _column(axis_name, tree, x, w), (x, w)
 
 
-def _column_bwd(
-    axis_name: str | None, tree: Tree, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+def _column_bwd(axis_name: str | None, tree: Tree, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     slots, n, k = w.shape
     parts = matmul.leaf_products(dy.reshape(-1, slots, n), w.swapaxes(1, 2))

@@ -200,9 +200,7 @@ def _log_softmax_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tupl
 def _log_softmax_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     y, like = saved
     dy = jnp.where(jnp.isfinite(y), dy.astype(jnp.float32), 0.0)
-    by_leaf = jnp.moveaxis(
-        tree_sum(dy.reshape(*dy.shape[:-1], vocabulary.plan.slots, vocabulary.width)), -1, 0
-    )
+    by_leaf = jnp.moveaxis(tree_sum(dy.reshape(*dy.shape[:-1], vocabulary.plan.slots, vocabulary.width)), -1, 0)
     if vocabulary.axis_name is None:
         total = vocabulary.tree.reduce(list(by_leaf), jnp.add)
     else:
@@ -241,9 +239,7 @@ def _cross_entropy_fwd(
     return jnp.where(known, total - own, 0.0), (logits, labels, total)
 
 
-def _cross_entropy_bwd(
-    vocabulary: Vocabulary, saved: tuple[Array, Array, Array], dloss: Array
-) -> tuple[Array, None]:
+def _cross_entropy_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array, Array], dloss: Array) -> tuple[Array, None]:
     logits, labels, total = saved
     index, mine = _local_index(vocabulary, labels)
     p = exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])

@@ -224,9 +224,7 @@ class Generator:
         Raises:
             ValueError: an empty prompt, an unknown token id, more tokens than the model's context.
         """
-        steps = list(
-            self.stream(prompts, max_new_tokens, sampling, seeds=seeds, stop=stop, with_logits=with_logits)
-        )
+        steps = list(self.stream(prompts, max_new_tokens, sampling, seeds=seeds, stop=stop, with_logits=with_logits))
         results = []
         for i, prompt in enumerate(prompts):
             tokens = [int(step[0][i]) for step in steps]
