@@ -56,7 +56,7 @@ def attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
-        NotImplementedError: D above 256; differentiation.
+        NotImplementedError: D or kv_block above 256; their product, D rounded up to 64, above 32768; differentiation.
     """
     _check(q, k, v, positions, kv_block, kv_head_of)
     backend.family()
@@ -93,6 +93,11 @@ def _check(q: Array, k: Array, v: Array, positions: Array, kv_block: int, kv_hea
                 problems.unsupported(
                     f"head_dim {q.shape[3]} is above {cpu.K_STEP}, the longest chain of the CPU's products"
                 )
+            if kv_block > cpu.K_STEP or kv_block * -(-q.shape[3] // 64) * 64 > cpu.PANEL_ELEMENTS:
+                problems.unsupported(
+                    f"kv_block = {kv_block} with head_dim {q.shape[3]}: the CPU's products are chains up to {cpu.K_STEP} "
+                    f"keys, and {cpu.PANEL_ELEMENTS} keys times dimensions; a smaller kv_block fits (and has other bits)"
+                )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -103,7 +108,8 @@ def _attention(scale: float, kv_block: int, q: Array, k: Array, v: Array, positi
     k = _pad(k.astype(jnp.float32), 2, size)
     v = _pad(_pad(v.astype(jnp.float32), 2, size), 3, -(-dim // 64) * 64)
     v = v.reshape(batch, kv_heads, -1, kv_block, v.shape[-1])
-    grouped = q.astype(jnp.float32).reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    # Behind a barrier: XLA evaluates a dot of constants itself while it compiles, in another order.
+    grouped = lax.optimization_barrier(q.astype(jnp.float32)).reshape(batch, queries, kv_heads, heads // kv_heads, dim)
 
     def piece(queries_and_positions: tuple[Array, Array]) -> Array:
         q, at = queries_and_positions

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbik_jax.kernels.exact import product, quotient
+from tbik_jax.kernels.exact import product, quotient, rounded
 
 Array = jax.Array
 
 _LOG2_E = 1.44269504088896341
-# ln 2 in two parts (Cody and Waite 1980); the first has ten bits, so that n times it is exact.
+# ln 2 in two parts (Cody and Waite 1980); the first has nine bits, so that n times it is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+# The second part in 16 bits, exact times an exponent: LLVM knows a converted integer to be no NaN and sees through `product`.
+_LN2_LOW_SHORT = -56961 * 2.0**-28
 # Minimax polynomials of Cephes (S. Moshier): exp on [-ln2/2, ln2/2], log on [sqrt(1/2) - 1, sqrt(2) - 1].
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _LOG = (
@@ -74,12 +76,15 @@ def log(x: Array) -> Array:
     f = jnp.where(low, mantissa + mantissa, mantissa) - 1.0
     square = product(f, f)
     y = product(product(_horner(f, _LOG), f), square)
-    y = (y + product(exponent, jnp.float32(_LN2_LOW))) - 0.5 * square
+    y = (y + exponent * jnp.float32(_LN2_LOW_SHORT)) - 0.5 * square
     y = (f + y) + exponent * jnp.float32(_LN2_HIGH)
     y = jnp.where(x == jnp.inf, jnp.inf, jnp.where(x == 0, -jnp.inf, y))
     return jnp.where((x < 0) | (x != x), jnp.nan, y)
 
 
 def rsqrt(x: Array) -> Array:
-    """``1 / sqrt(x)``, both steps correctly rounded; ``lax.rsqrt`` may start from a table."""
-    return quotient(jnp.ones_like(x), jnp.sqrt(x))
+    """``1 / sqrt(x)``, both steps correctly rounded; ``lax.rsqrt`` may start from a table.
+
+    XLA would make ``lax.rsqrt`` of the quotient if it saw the root.
+    """
+    return quotient(jnp.ones_like(x), rounded(jnp.sqrt(x)))

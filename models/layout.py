@@ -105,7 +105,7 @@ class Layout:
             table.append(tuple(local + [0] * (self.local_heads - len(local))))
         if self.local_heads % self.local_kv_heads == 0:
             even = tuple(h // (self.local_heads // self.local_kv_heads) for h in range(self.local_heads))
-            if self.heads.is_uniform and all(row == even for row in table):
+            if all(row == even for row in table):
                 return None
         return tuple(table)
 

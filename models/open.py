@@ -9,12 +9,13 @@ from tbik_jax._problems import Problems
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.gguf import GGUFSource
 from tbik_jax.models.huggingface import HuggingFaceSource
+from tbik_jax.models.random import TINY, RandomSource, byte_tokenizer
 from tbik_jax.models.smollm2 import find_smollm2
 from tbik_jax.models.source import TensorSource, validate
 from tbik_jax.models.tokenizer import Tokenizer
 
-#: Names that stand for models in installed packages.
-NAMES = ("smollm2",)
+#: Names that stand for models: weights in an installed package, and random ones.
+NAMES = ("smollm2", "tiny")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class OpenedModel:
 
 
 def open_model(path_or_name: str | Path) -> OpenedModel:
-    """Open ``"smollm2"``, a folder with ``config.json`` and safetensors, or a ``.gguf`` file.
+    """Open ``"smollm2"``, ``"tiny"`` (random weights), a folder with ``config.json`` and safetensors, or a ``.gguf`` file.
 
     A name goes before a path: write ``./smollm2`` for a folder of that name.
 
@@ -39,8 +40,10 @@ def open_model(path_or_name: str | Path) -> OpenedModel:
         ValueError: nothing of these is there, or what is there is incomplete, damaged or contradictory.
         NotImplementedError: a model that this package does not compute.
     """
-    if path_or_name in NAMES:
-        return _open_gguf(find_smollm2(), str(path_or_name))
+    if path_or_name == "smollm2":
+        return _open_gguf(find_smollm2(), "smollm2")
+    if path_or_name == "tiny":
+        return OpenedModel(TINY, RandomSource(TINY), byte_tokenizer(), "tiny")
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return _open_folder(path)

@@ -141,3 +141,29 @@ def _equal(source: TensorSource, one: str, other: str, rows: int = 8192) -> bool
     total = source.shape(one)[0]
     slabs = ((start, min(start + rows, total)) for start in range(0, total, rows))
     return all(source.read(one, *slab).tobytes() == source.read(other, *slab).tobytes() for slab in slabs)
+
+
+class CachedSource:
+    """A source that is read once, for loading the same weights onto mesh after mesh. Holds every tensor in memory."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._tensors: dict[str, Array] = {}
+
+    def names(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one of them."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype that :meth:`read` returns."""
+        return self._source.dtype(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows ``start`` to ``stop - 1``."""
+        if name not in self._tensors:
+            self._tensors[name] = self._source.read(name)
+        return self._tensors[name][start:stop]

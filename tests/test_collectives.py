@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -18,6 +19,8 @@ from tbik_jax.tree import Schedule, schedule
 from tests.meshes import by_slot, mesh_of
 
 pytestmark = pytest.mark.invariance
+
+REPLICATED, SPLIT = P(), P("tp")
 
 EVERY_MESH = [
     (tree, ranks)
@@ -56,51 +59,66 @@ def reduced(tree: Tree, leaves: np.ndarray) -> np.ndarray:
 
 
 def algorithms(plan: Schedule) -> list[str]:
-    pairwise = ("butterfly", "recursive_halving")
-    return [name for name in get_args(collectives.Algorithm) if name not in pairwise or plan.is_butterfly]
+    """Every exchange that this mesh can run."""
+    pairwise = ["butterfly", "recursive_halving"] if plan.is_butterfly else []
+    return ["all_gather", "all_to_all", *pairwise]
 
 
-def sharded(f: Any, ranks: int, *, out_specs: Any = P(), in_specs: Any = P("tp"), check_vma: bool = True) -> Any:
+def psum_by_all(plan: Schedule) -> Any:
+    return lambda v: [tree_psum(v, "tp", tree=plan.tree, algorithm=name) for name in algorithms(plan)]
+
+
+def sharded(f: Any, ranks: int, *, out_specs: Any = REPLICATED, in_specs: Any = SPLIT, check_vma: bool = True) -> Any:
     return jax.jit(jax.shard_map(f, mesh=mesh_of(ranks), in_specs=in_specs, out_specs=out_specs, check_vma=check_vma))
+
+
+def test_every_algorithm_is_tested():
+    assert {"auto", *algorithms(schedule(Tree(8), 8))} == set(get_args(collectives.Algorithm))
 
 
 # Values --------------------------------------------------------------------------------------------------------------
 
 
 @every_mesh
-def test_tree_psum(rng, tree, ranks):
-    """Every algorithm that the mesh can run; sizes that no number of ranks divides, 1 mod 8 (a vector's tail) included."""
+def test_any_mesh_and_any_exchange(rng, tree, ranks):
+    """Sizes that no number of ranks divides included, and 1 mod 8: a vector's tail."""
     plan = schedule(tree, ranks)
-    leaves = {shape: leaf_values(rng, tree, *shape) for shape in [(1,), (33,), (3, 7)]}
+    leaves = [leaf_values(rng, tree, *shape) for shape in [(33,), (3 * ranks, 1)]]
 
     def everything(*values):
-        return [[tree_psum(v, "tp", tree=tree, algorithm=name) for name in algorithms(plan)] for v in values]
+        totals = [[tree_psum(v, "tp", tree=tree, algorithm=name) for v in values] for name in algorithms(plan)]
+        return totals, [tree_psum_scatter(values[-1], "tp", tree=tree, algorithm=name) for name in algorithms(plan)]
 
-    got = sharded(everything, ranks)(*(by_slot(v, plan) for v in leaves.values()))
-    for values, results in zip(leaves.values(), got, strict=True):
-        for name, result in zip(algorithms(plan), results, strict=True):
-            assert_bitwise_equal(result, reduced(tree, values), f"tree_psum {values.shape[1:]} by {name}")
-            assert np.signbit(np.asarray(result).flat[0]), "a sum of -0 alone is -0"
+    totals, scattered = sharded(everything, ranks, out_specs=(P(), P("tp")))(*(by_slot(v, plan) for v in leaves))
+    want = [reduced(tree, v) for v in leaves]
+    for name, total, parts in zip(algorithms(plan), totals, scattered, strict=True):
+        assert_bitwise_equal(total, want, f"tree_psum by {name}")
+        # The slices of all ranks, one after another, are the whole sum.
+        assert_bitwise_equal(parts, want[-1], f"tree_psum_scatter by {name}")
 
 
-@every_mesh
-def test_tree_psum_scatter(rng, tree, ranks):
-    """The slices of all ranks, one after another, are the whole sum."""
+@some_meshes
+def test_scatter_along_any_dimension(rng, tree, ranks):
     plan = schedule(tree, ranks)
-    first, last = leaf_values(rng, tree, 3 * ranks, 5), leaf_values(rng, tree, 3, ranks)
+    leaves = leaf_values(rng, tree, 3, 2 * ranks, 5)
 
-    def everything(first, last):
+    def everything(v):
         return [
-            (
-                tree_psum_scatter(first, "tp", tree=tree, algorithm=name),
-                tree_psum_scatter(last, "tp", tree=tree, scatter_dimension=-1, algorithm=name),
-            )
+            tree_psum_scatter(v, "tp", tree=tree, scatter_dimension=dimension, algorithm=name)
             for name in algorithms(plan)
+            for dimension in (1, -2)
         ]
 
-    got = sharded(everything, ranks, out_specs=(P("tp"), P(None, "tp")))(by_slot(first, plan), by_slot(last, plan))
-    for name, result in zip(algorithms(plan), got, strict=True):
-        assert_bitwise_equal(result, (reduced(tree, first), reduced(tree, last)), f"tree_psum_scatter by {name}")
+    for part in sharded(everything, ranks, out_specs=P(None, "tp"))(by_slot(leaves, plan)):
+        assert_bitwise_equal(part, reduced(tree, leaves))
+
+
+@pytest.mark.parametrize("tree, ranks", [(Tree(8), 8), (Tree(8), 3), (Tree(24), 16)], ids=mesh_id)
+def test_one_element(rng, tree, ranks):
+    plan = schedule(tree, ranks)
+    leaves = leaf_values(rng, tree, 1, 2)[..., 1]
+    for got in sharded(psum_by_all(plan), ranks)(by_slot(leaves, plan)):
+        assert_bitwise_equal(got, reduced(tree, leaves))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -132,7 +150,7 @@ def test_without_the_check_of_varying_axes(rng, tree, ranks):
 
 @pytest.mark.parametrize("small", [0, 1 << 40])
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_auto_may_choose_by_size(rng, monkeypatch, ranks, small):
+def test_auto_chooses_by_size_alone(rng, monkeypatch, ranks, small):
     monkeypatch.setattr(collectives, "_SMALL", small)
     tree = Tree(8)
     leaves = leaf_values(rng, tree, 25)
@@ -146,7 +164,7 @@ def test_auto_may_choose_by_size(rng, monkeypatch, ranks, small):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_another_dtype_is_one_rounding_of_the_root(rng, tree, ranks, dtype):
     plan = schedule(tree, ranks)
-    leaves = rng.standard_normal((tree.leaves, 2 * ranks)).astype(np.float32)
+    leaves = rng.standard_normal((tree.leaves, 40 * ranks)).astype(np.float32)
 
     def both(v):
         total = tree_psum(v, "tp", tree=tree, dtype=dtype)
@@ -166,12 +184,10 @@ def test_signed_zeros():
     tree = Tree(7, (3, 2))
     leaves = np.full((7, 5), -0.0, np.float32)
     leaves[2, 1] = leaves[6, 3] = 0.0
-    for ranks in (1, 2, 3, 5, 7):
+    for ranks in (1, 3, 5, 7):
         plan = schedule(tree, ranks)
-        for algorithm in algorithms(plan):
-            run = sharded(lambda v, a=algorithm: tree_psum(v, "tp", tree=tree, algorithm=a), ranks)
-            got = np.asarray(run(by_slot(leaves, plan)))
-            assert np.signbit(got).tolist() == [True, False, True, False, True], (ranks, algorithm)
+        for name, got in zip(algorithms(plan), sharded(psum_by_all(plan), ranks)(by_slot(leaves, plan)), strict=True):
+            assert np.signbit(got).tolist() == [True, False, True, False, True], (ranks, name)
 
 
 @pytest.mark.parametrize("fill", [np.nan, np.inf, 1e30])
@@ -253,32 +269,30 @@ def every_slot(plan: Schedule, cotangent: np.ndarray) -> np.ndarray:
     return by_slot(np.broadcast_to(cotangent, (plan.tree.leaves, *cotangent.shape)), plan, 0.0)
 
 
+def loss_of(y: jax.Array, c: jax.Array) -> jax.Array:
+    """Its gradient is c + y, so the bits of y show in it."""
+    return jnp.sum(c * y + 0.5 * (y * y))
+
+
 @some_meshes
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_gradient_of_tree_psum(rng, tree, ranks, where):
-    """d/dleaf of sum(c * y + y^2 / 2) is c + y for every leaf: value and bits."""
     plan = schedule(tree, ranks)
     leaves = leaf_values(rng, tree, 9)
     c = rng.standard_normal(9).astype(np.float32)
 
-    def loss_of(y, c):
-        return jnp.sum(c * y + 0.5 * (y * y))
+    psums = [partial(tree_psum, axis_name="tp", tree=tree, algorithm=name) for name in algorithms(plan)]
 
-    for algorithm in algorithms(plan):
+    def inside(v, c):
+        return [jax.grad(lambda v, psum=psum: loss_of(psum(v), c))(v) for psum in psums]
 
-        def total(v, algorithm=algorithm):
-            return tree_psum(v, "tp", tree=tree, algorithm=algorithm)
+    def outside(v, c):
+        whole = [sharded(psum, ranks) for psum in psums]
+        return [jax.grad(lambda v, psum=psum: loss_of(psum(v), c))(v) for psum in whole]
 
-        if where == "inside":
-            gradient = sharded(
-                lambda v, c: jax.grad(lambda v: loss_of(total(v), c))(v),
-                ranks,
-                in_specs=(P("tp"), P()),
-                out_specs=P("tp"),
-            )
-        else:
-            gradient = jax.jit(jax.grad(lambda v, c: loss_of(sharded(total, ranks)(v), c)))
-        assert_bitwise_equal(gradient(by_slot(leaves, plan), c), every_slot(plan, c + reduced(tree, leaves)), algorithm)
+    run = jax.jit(outside) if where == "outside" else sharded(inside, ranks, in_specs=(P("tp"), P()), out_specs=P("tp"))
+    for name, got in zip(algorithms(plan), run(by_slot(leaves, plan), c), strict=True):
+        assert_bitwise_equal(got, every_slot(plan, c + reduced(tree, leaves)), name)
 
 
 @some_meshes
@@ -291,28 +305,20 @@ def test_gradient_of_tree_psum_scatter_and_back(rng, tree, ranks, where):
     def part(v):
         return tree_psum_scatter(v, "tp", tree=tree, scatter_dimension=1)
 
-    def loss_of(y, c):
-        return jnp.sum(c * y + 0.5 * (y * y))
+    def whole(v):
+        return tree_all_gather(part(v), "tp", gather_dimension=1)
 
-    specs = {"in_specs": (P("tp"), P(None, "tp")), "out_specs": P("tp")}
-    if where == "inside":
-        scattered = sharded(lambda v, c: jax.grad(lambda v: loss_of(part(v), c))(v), ranks, **specs)
-        whole = sharded(
-            lambda v, c: jax.grad(lambda v: loss_of(tree_all_gather(part(v), "tp", gather_dimension=1), c))(v),
-            ranks,
-            in_specs=(P("tp"), P()),
-            out_specs=P("tp"),
-        )
-    else:
-        scattered = jax.jit(jax.grad(lambda v, c: loss_of(sharded(part, ranks, out_specs=P(None, "tp"))(v), c)))
-        whole = jax.jit(
-            jax.grad(
-                lambda v, c: loss_of(sharded(lambda v: tree_all_gather(part(v), "tp", gather_dimension=1), ranks)(v), c)
-            )
-        )
+    def inside(v, c, c_part):
+        return jax.grad(lambda v: loss_of(part(v), c_part))(v), jax.grad(lambda v: loss_of(whole(v), c))(v)
+
+    def outside(v, c, _):
+        sliced = sharded(part, ranks, out_specs=P(None, "tp"))
+        return jax.grad(lambda v: loss_of(sliced(v), c))(v), jax.grad(lambda v: loss_of(sharded(whole, ranks)(v), c))(v)
+
+    specs = {"in_specs": (P("tp"), P(), P(None, "tp")), "out_specs": P("tp")}
+    run = jax.jit(outside) if where == "outside" else sharded(inside, ranks, **specs)
     want = every_slot(plan, c + reduced(tree, leaves))
-    assert_bitwise_equal(scattered(by_slot(leaves, plan), c), want, "scattered")
-    assert_bitwise_equal(whole(by_slot(leaves, plan), c), want, "gathered again")
+    assert_bitwise_equal(run(by_slot(leaves, plan), c, c), (want, want))
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])
@@ -333,7 +339,7 @@ def test_gradient_of_tree_all_gather_is_the_ranks_slice(rng, ranks):
 
 def refused(f: Any, ranks: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> str:
     x = jax.ShapeDtypeStruct((ranks * shape[0], *shape[1:]), dtype)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^tree_psum") as error:
         sharded(f, ranks, out_specs=P("tp")).trace(x)
     return str(error.value)
 

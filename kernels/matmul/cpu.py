@@ -32,7 +32,8 @@ Array = jax.Array
 #: Longest chunk of K, numerics-bearing: inside every K blocking seen in XLA:CPU's gemms (288 on AVX2, over 512 on AVX-512).
 K_STEP = 256
 _LANES = 64
-_PANEL_ELEMENTS = 32768
+#: Elements ``k * n`` up to which XLA multiplies few rows itself.
+PANEL_ELEMENTS = 32768
 _LARGE_M = 64
 _UNROLLED_CHUNKS = 4
 
@@ -59,7 +60,7 @@ def _pad(x: Array, shape: tuple[int, ...]) -> Array:
 
 def panel_width(k: int, n: int) -> int:
     """Columns per panel: a multiple of 64 that the small-dot emitter takes; wide panels are faster, padding is not."""
-    widths = range(_LANES, max(_LANES, min(_PANEL_ELEMENTS // k, 512)) + 1, _LANES)
+    widths = range(_LANES, max(_LANES, min(PANEL_ELEMENTS // k, 512)) + 1, _LANES)
     return min(widths, key=lambda width: _round_up(n, width) * (width + 16) / width)
 
 
@@ -112,7 +113,8 @@ def leaf_products(x: Array, w: Array | PackedWeight, k_step: int = K_STEP) -> Ar
     n = w.n if isinstance(w, PackedWeight) else w.shape[1]
     count, size = _k_chunks(k, k_step)
     x = _pad(x.astype(jnp.float32), (m, leaves, count * size))
-    x = x.reshape(m, leaves * count, size).transpose(1, 0, 2)
+    # A dot of constants XLA evaluates itself while it compiles, in another order; a barrier is no constant.
+    x = lax.optimization_barrier(x.reshape(m, leaves * count, size).transpose(1, 0, 2))
     if not isinstance(w, PackedWeight):
         partial_sums = _rows(x, w, count, size)
     elif m < _LARGE_M and not (m == 1 and w.full is not None):

@@ -21,7 +21,7 @@ from tbik_jax.models.transformer import DATA, TENSOR, KVCache, Transformer
 Array = jax.Array
 
 #: Prompts are padded to multiples of this many tokens, so that few shapes are compiled. Performance-only.
-_PROMPT_MULTIPLE = 16
+_PROMPT_MULTIPLE = 32
 
 
 def make_mesh(tp: int = 1, dp: int = 1) -> Mesh:

@@ -1,0 +1,425 @@
+"""Checkpoints that any mesh restores with the same bits: arrays as the model is defined, not as a mesh holds it.
+
+On a mesh, a parameter lies in slots: padded where ranks hold unequal shares, copied where two ranks read one KV head. A
+checkpoint holds the parameter itself, in Hugging Face's shape with the layers of a part stacked in front, and beside it
+the configuration, the contract, and a digest of every array. It is an ordinary Orbax checkpoint of two items, the JSON
+``model`` and the arrays ``parameters``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+import tbik_jax
+from tbik_jax._problems import Problems
+from tbik_jax.contract import Contract
+from tbik_jax.kernels.exact import cast
+from tbik_jax.models.config import ModelConfig
+from tbik_jax.models.loading import abstract, check_mesh
+from tbik_jax.models.source import expected_tensors
+from tbik_jax.models.transformer import TENSOR, Origin, Packed, Transformer
+from tbik_jax.numerics import Numerics
+from tbik_jax.testing import digest
+
+Array = jax.Array
+Variable = nnx.Variable[Any]
+
+#: Names, shapes and meaning of what is stored. This package reads exactly one version.
+FORMAT_VERSION = 1
+
+_MODEL, _PARAMETERS = "model", "parameters"  # the two items
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself; reading it reads no array.
+
+    Attributes:
+        config: The model.
+        contract: Under which it was stored; results under another have other bits.
+        dtype: Of the stored parameters.
+        digests: SHA-256 of every stored array, by name.
+        package_version: Of the ``tbik-jax`` that wrote it.
+        format_version: See :data:`FORMAT_VERSION`.
+    """
+
+    config: ModelConfig
+    contract: Contract
+    dtype: str
+    digests: Mapping[str, str]
+    package_version: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> str:
+        """What :func:`parameter_digest` gives for the stored model."""
+        return _digest_of(self.digests)
+
+
+def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = False) -> CheckpointInfo:
+    """Write ``model``, which lies on ``mesh``, to the new folder ``path``.
+
+    Every device writes its part of every array. While it does, a second copy of the parameters is in device memory.
+
+    Guarantee: the names, shapes and bits of all stored arrays, and so their digests, depend on the model and not on the
+    mesh. Nothing incomplete is ever found under ``path``: it is written beside it and renamed when done. What an
+    interrupted save leaves there ends in ``.orbax-checkpoint-tmp``, and the next one clears it away.
+
+    Args:
+        overwrite: Replace a checkpoint that is already there, once the new one is complete.
+
+    Raises:
+        ValueError: something is at ``path``; the model is packed; ``mesh`` is not the model's.
+    """
+    path = _absolute(path)
+    state = nnx.split(model)[1]
+    with Problems("checkpoint.save") as problems:
+        if path.exists() and not overwrite:
+            problems.add(f"{path} exists; choose another path, or give overwrite=True")
+        elif path.exists():
+            problems.check(_is_checkpoint(path), f"{path} is no checkpoint; overwrite=True replaces nothing else")
+        problems.check(
+            not any(isinstance(v, Packed) for v in _variables(state)),
+            "the model is packed for inference, and its weights have no stored form. Save it before model.pack(), and "
+            "before Generator(model, mesh), which packs it unless pack=False",
+        )
+        ranks = model.layout.ranks
+        problems.check(
+            mesh.shape.get(TENSOR) == ranks,
+            f"the mesh is {dict(mesh.shape)}, and the model is laid out for {ranks} ranks of {TENSOR!r}",
+        )
+    parameters, plans = _parameters(state), _plans(model.config, state, ranks)
+    info = CheckpointInfo(model.config, model.numerics.contract, model.dtype, _digests(model), tbik_jax.__version__)
+    stored = {name: _stored(parameters[name][...], plan, mesh) for name, plan in plans.items()}
+    items = ocp.args.Composite(
+        **{_MODEL: ocp.args.JsonSave(_to_json(info)), _PARAMETERS: ocp.args.StandardSave(stored)}
+    )
+    replaces = path.exists()
+    target = path.with_name(f"{path.name}.new") if replaces else path
+    with _checkpointer() as checkpointer:
+        checkpointer.save(target, args=items, force=replaces)
+    if replaces:  # whenever this is cut short, the old checkpoint or the new one is whole, here or beside
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        target.rename(path)
+        shutil.rmtree(old)
+    return info
+
+
+def restore(
+    path: str | Path,
+    mesh: Mesh,
+    *,
+    numerics: Numerics | None = None,
+    dtype: DTypeLike | None = None,
+    verify: bool = True,
+) -> Transformer:
+    """The model stored at ``path``, on ``mesh``, whatever mesh it was saved on.
+
+    Every device reads its part of every array; then one all-to-all per parameter brings the slots in place. Beside the
+    parameters, a device holds about one more of them at a time.
+
+    Guarantee: the parameters have the bits that were saved (``dtype`` None), on every mesh.
+
+    Args:
+        numerics: By default invariant under the stored contract.
+        dtype: Round the parameters to it, and compute in it; by default the stored one.
+        verify: Compare every parameter, as it came to lie on the mesh, with the stored digest. It takes a copy to the
+            host, and a second per one or two gigabytes.
+
+    Raises:
+        ContractMismatchError: ``numerics`` has another contract than the stored one.
+        ValueError: no checkpoint, one of an unknown version, or a damaged one; a mesh or dtype that does not fit.
+    """
+    path = _absolute(path)
+    info = read_metadata(path)
+    numerics = numerics or Numerics.invariant(info.contract)
+    info.contract.require(numerics.contract)
+    dtype = jnp.dtype(info.dtype if dtype is None else dtype)
+    check_mesh(info.config, numerics, mesh, dtype)
+    graph, state = nnx.split(abstract(info.config, numerics, mesh, dtype))
+    plans = _plans(info.config, state, mesh.shape[TENSOR])
+    stored = _read(path, info, plans, mesh)
+    with Problems(f"checkpoint.restore: {path}") as problems:
+
+        def fill(parameter: Variable) -> Variable:
+            name = _name(parameter)
+            x = _slots(stored.pop(name), plans[name], mesh)
+            problems.check(
+                not verify or digest(plans[name].canonical(np.asarray(x))) == info.digests[name],
+                f"{name} has not the bits that were saved; the files are damaged, restore another checkpoint",
+            )
+            return parameter.replace(_rounded(x, dtype))
+
+        filled = jax.tree.map(fill, state, is_leaf=_is_variable)
+    return nnx.merge(graph, filled)
+
+
+def read_metadata(path: str | Path) -> CheckpointInfo:
+    """What the checkpoint at ``path`` says of itself.
+
+    Raises:
+        ValueError: nothing is there, or no checkpoint of this package, or one that this version does not read.
+    """
+    path = _absolute(path)
+    with Problems(f"checkpoint: {path}") as problems:
+        if problems.check(path.exists(), "nothing is there; give the folder that tbik_jax.checkpoint.save wrote"):
+            problems.check(
+                _is_checkpoint(path),
+                f"not a checkpoint of tbik_jax: it has no items {_MODEL!r} and {_PARAMETERS!r}. Folders of safetensors "
+                "and GGUF files are read by tbik_jax.models.open.open_model",
+            )
+    with Problems(f"checkpoint: {path}") as problems:
+        try:
+            with _checkpointer() as checkpointer:
+                data = checkpointer.restore(path, args=ocp.args.Composite(**{_MODEL: ocp.args.JsonRestore()}))[_MODEL]
+            return _from_json(data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.add(f"its item {_MODEL!r} cannot be read: {_told(error)}")
+    raise AssertionError("unreachable")
+
+
+def parameter_digest(model: Transformer) -> str:
+    """SHA-256 over the names and the SHA-256 of all parameters, as they would be stored.
+
+    Guarantee: equal for two models exactly if names, shapes, dtype and every bit of the parameters are (SHA-256 granted);
+    the mesh does not enter.
+
+    Raises:
+        ValueError: the model is packed.
+    """
+    if any(isinstance(v, Packed) for v in _variables(nnx.split(model)[1])):
+        raise ValueError("parameter_digest: the model is packed, and its weights have no stored form; ask before packing")
+    return _digest_of(_digests(model))
+
+
+# One parameter, two layouts ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one parameter lies in a checkpoint, and how in a model on ``ranks`` ranks.
+
+    ``shape`` is the stored one, and ``axis`` the dimension of it that the model cuts in slots. Between disk and model
+    the array is sharded over ``carried``, a dimension that no slot cuts: each device then orders all slots of its share
+    by itself, and an all-to-all is the whole exchange. XLA shards evenly only, so ``carried`` is the dimension that needs
+    the least padding to a multiple of the ranks; often none. No device ever holds a whole parameter that the model cuts.
+    """
+
+    shape: tuple[int, ...]
+    lead: int  #: 1 behind a dimension of layers, else 0; in the model, the dimension of slots.
+    axis: int
+    width: int
+    slots: tuple[int, ...]  #: Empty if every rank holds the whole parameter.
+    ranks: int
+
+    @property
+    def carried(self) -> int:
+        free = [i for i in range(len(self.shape)) if i != self.axis]
+        return min(free, key=lambda i: (-self.shape[i] % self.ranks / self.shape[i], -self.shape[i]))
+
+    @property
+    def carried_in_model(self) -> int:
+        return self.carried + (self.carried >= self.lead)  # the slots come in front of it
+
+    @property
+    def missing(self) -> int:
+        """Entries of padding that ``carried`` needs."""
+        return -self.shape[self.carried] % self.ranks if self.slots else 0
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        return tuple(n + self.missing * (self.slots != () and i == self.carried) for i, n in enumerate(self.shape))
+
+    @property
+    def stored_spec(self) -> P:
+        return P(*[None] * self.carried, TENSOR) if self.slots else P()
+
+    @property
+    def model_spec(self) -> P:
+        return P(*[None] * self.lead, TENSOR) if self.slots else P()
+
+    def canonical(self, x: Any) -> Any:
+        """All slots, a NumPy or JAX array, in the order of the stored array: the first copy of every block."""
+        if not self.slots:
+            return x
+        size = self.shape[self.axis]
+        first = np.array([self.slots.index(block) for block in range(-(-size // self.width))])
+        entry = np.arange(size)
+        x = x.swapaxes(self.lead, self.axis)
+        x = x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+        return x.take(first[entry // self.width] * self.width + entry % self.width, axis=self.axis, mode="clip")
+
+    def to_stored(self, x: Array) -> Array:
+        """On a rank: its slots, all of ``carried`` -> all entries, its share of ``carried``."""
+        x = jnp.pad(x, [(0, self.missing * (i == self.carried_in_model)) for i in range(x.ndim)])
+        x = lax.all_to_all(x, TENSOR, self.carried_in_model, self.lead, tiled=True)
+        return self.canonical(x)
+
+    def to_slots(self, x: Array) -> Array:
+        """The inverse of :meth:`to_stored`; idle slots and entries behind the last are zeros."""
+        size, blocks = self.shape[self.axis], np.array(self.slots)[:, None]
+        entry = blocks * self.width + np.arange(self.width)
+        entry = np.where((blocks >= 0) & (entry < size), entry, size).reshape(-1)
+        x = jnp.take(x, entry, axis=self.axis, mode="fill", fill_value=0)
+        x = x.reshape(*x.shape[: self.axis], len(self.slots), self.width, *x.shape[self.axis + 1 :])
+        x = lax.all_to_all(x.swapaxes(self.axis, self.lead), TENSOR, self.lead, self.carried_in_model, tiled=True)
+        return lax.slice_in_dim(x, 0, self.shape[self.carried], axis=self.carried_in_model)
+
+
+def _plans(config: ModelConfig, state: Any, ranks: int) -> dict[str, _Plan]:
+    tensors = expected_tensors(config)
+
+    def plan(origin: Origin) -> _Plan:
+        lead = int(origin.stacked)
+        shape = (len(origin.tensors),) * lead + tensors[origin.tensors[0]]
+        return _Plan(shape, lead, lead + (origin.cut == "columns"), origin.width, origin.slots, ranks)
+
+    return {name: plan(v.get_metadata()["origin"]) for name, v in _parameters(state).items()}
+
+
+def _as_integers(x: Array) -> Array:
+    """Moved as integers, the payload of a NaN and the sign of a zero are nobody's to change."""
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _sharded_to_stored(x: Array, plan: _Plan, mesh: Mesh) -> Array:
+    run = jax.shard_map(plan.to_stored, mesh=mesh, in_specs=plan.model_spec, out_specs=plan.stored_spec)
+    return lax.bitcast_convert_type(run(_as_integers(x)), x.dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _sharded_to_slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
+    run = jax.shard_map(plan.to_slots, mesh=mesh, in_specs=plan.stored_spec, out_specs=plan.model_spec)
+    return lax.bitcast_convert_type(run(_as_integers(x)), x.dtype)
+
+
+_rounded = partial(jax.jit, static_argnums=1)(cast)
+
+
+def _stored(x: Array, plan: _Plan, mesh: Mesh) -> Array | np.ndarray:
+    if not plan.slots:
+        return x
+    x = _sharded_to_stored(x, plan, mesh)
+    # What is stored has no padding, and an uneven array cannot be sharded: it goes over the host.
+    return np.asarray(x)[tuple(map(slice, plan.shape))] if plan.missing else x
+
+
+def _slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
+    return _sharded_to_slots(x, plan, mesh) if plan.slots else x
+
+
+# Names and digests ---------------------------------------------------------------------------------------------------
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _variables(state: Any) -> list[Variable]:
+    return jax.tree.leaves(state, is_leaf=_is_variable)
+
+
+def _name(parameter: Variable) -> str:
+    """The Hugging Face name without the layer's number: all layers are one array."""
+    return str(parameter.get_metadata()["origin"].tensors[0]).replace("model.layers.0.", "model.layers.")
+
+
+def _parameters(state: Any) -> dict[str, Variable]:
+    return {_name(v): v for v in _variables(state)}
+
+
+def _digests(model: Transformer) -> dict[str, str]:
+    """By NumPy from the model's slots, so that it also checks what the devices wrote."""
+    state = nnx.split(model)[1]
+    plans = _plans(model.config, state, model.layout.ranks)
+    return {name: digest(plans[name].canonical(np.asarray(v[...]))) for name, v in _parameters(state).items()}
+
+
+def _digest_of(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()  # Orbax takes no other
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / _MODEL).is_dir() and (path / _PARAMETERS).is_dir()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    handlers = {_MODEL: ocp.JsonCheckpointHandler(), _PARAMETERS: ocp.StandardCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _to_json(info: CheckpointInfo) -> dict[str, Any]:
+    return {**asdict(info), "config": info.config.to_dict(), "contract": info.contract.to_dict()}
+
+
+def _from_json(data: Mapping[str, Any]) -> CheckpointInfo:
+    if (version := data["format_version"]) != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {version!r}; tbik-jax {tbik_jax.__version__} reads version {FORMAT_VERSION}, and "
+            f"tbik-jax {data.get('package_version')} wrote it: install that"
+        )
+    parsed = {"config": ModelConfig.from_dict(data["config"]), "contract": Contract.from_dict(data["contract"])}
+    return CheckpointInfo(**{**data, **parsed})
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", "\n    ")
+
+
+def _read(path: Path, info: CheckpointInfo, plans: Mapping[str, _Plan], mesh: Mesh) -> dict[str, Array]:
+    """All arrays, sharded and padded by their plans."""
+    where = f"checkpoint.restore: {path}"
+    dtype = jnp.dtype(info.dtype)
+    target = {
+        name: jax.ShapeDtypeStruct(plan.padded, dtype, sharding=NamedSharding(mesh, plan.stored_spec))
+        for name, plan in plans.items()
+    }
+    with _checkpointer() as checkpointer, Problems(where) as problems:
+        try:
+            found = checkpointer.metadata(path).item_metadata[_PARAMETERS].tree
+            # Padding needs strict=False, which would also pad or cut an array of a wrong shape.
+            for name in sorted(plans.keys() | found.keys() | info.digests.keys()):
+                if not problems.check(name in plans, f"{name} is not part of this architecture; it would be ignored"):
+                    continue
+                if not problems.check(name in found and name in info.digests, f"{name} is missing"):
+                    continue
+                shape, stored = tuple(found[name].shape), jnp.dtype(found[name].dtype)
+                problems.check(
+                    shape == plans[name].shape and stored == dtype,
+                    f"{name} is {stored}{list(shape)}, not {dtype}{list(plans[name].shape)}",
+                )
+            problems.raise_if_any()
+            restored = checkpointer.restore(
+                path, args=ocp.args.Composite(**{_PARAMETERS: ocp.args.StandardRestore(target, strict=False)})
+            )
+        except Exception as error:
+            if problems:
+                raise
+            problems.add(f"its arrays cannot be read: {_told(error)}")
+    return dict(restored[_PARAMETERS])
