@@ -44,7 +44,8 @@ def cast(x: Array, dtype: DTypeLike) -> Array:
     """Round to ``dtype`` in any case.
 
     ``xla_allow_excess_precision`` (on by default) lets XLA delete an f32 -> bf16 -> f32 round trip. ``reduce_precision``
-    is never deleted, and after it the round trip is exact, so deleting it changes nothing.
+    is never deleted, and after it the round trip is exact, so deleting it changes nothing. It also makes zeros of what
+    float16 would hold as subnormal (below 2**-14).
     """
     dtype = jnp.dtype(dtype)
     if x.dtype == dtype:

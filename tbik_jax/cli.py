@@ -223,25 +223,25 @@ def _show(report: Any, meshes: list[int], batches: list[int]) -> None:
         title=f"{report.model}: {len(report.prompts)} prompts, {report.new_tokens} new tokens, greedy; "
         f"{configurations} configurations\nmesh sizes {', '.join(map(str, meshes))}  x  batch sizes "
         f"{', '.join(map(str, batches))}",
-        caption=f"texts: different answers per prompt (mean); digests: different SHA-256 of all logits;\n"
-        f"Δp: spread of the top-5 probabilities over the configurations, mean over positions, and largest.\n"
+        caption="texts: different answers per prompt; digests: different SHA-256 of all logits;\n"
+        "Δp: how far a top-5 probability moves, mean over positions and largest\n"
         f"jax {report.environment['jax']}, {report.environment['device']}; contract: {report.contract.leaves} leaves, "
         f"tree {report.contract.tree}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name in ("numerics", "dtype"):
-        table.add_column(name)
+    table.add_column("numerics", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
     for name in ("texts", "digests", "mean Δp", "max Δp"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("prefill\n= decode", "batch\n= alone"):
-        table.add_column(name, justify="center")
-    table.add_column("seconds", justify="right")
+        table.add_column(name, justify="center", no_wrap=True)
+    table.add_column("s", justify="right", no_wrap=True)
     for side in report.sides:
         style = "" if side.numerics == "plain" else "bold green" if side.is_invariant else "bold red"
         table.add_row(
             side.numerics,
-            side.dtype,
+            {"float32": "f32", "bfloat16": "bf16"}[side.dtype],
             f"{side.unique_outputs:.2f}",
             str(side.logit_digests),
             f"{side.mean_divergence:.1e}" if side.mean_divergence else "0",

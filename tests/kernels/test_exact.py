@@ -88,6 +88,12 @@ def test_ties_go_to_even():
     )
 
 
+def test_float16_loses_its_subnormals():
+    tiny = np.float32([2.0**-14, 2.0**-15, -(2.0**-15)])
+    got = jax.jit(lambda x: cast(x, jnp.float16))(tiny)
+    assert_bitwise_equal(got, np.float16([2.0**-14, 0.0, -0.0]))
+
+
 def test_casts_that_do_nothing_or_widen(rng):
     x = jnp.asarray(normal(rng, 9))
     assert cast(x, jnp.float32) is x

@@ -65,9 +65,9 @@ def test_greedy_tokens(name, numerics, ranks):
     assert list(found.tokens) == wanted
 
 
-def test_logits_in_bfloat16(name="tiny-mistral"):
-    logits = logits_of(fixture_generator(name, INVARIANT, 1, "bfloat16"), name)
-    wanted = golden(name)["logits64"]
+def test_logits_in_bfloat16():
+    logits = logits_of(fixture_generator("tiny-mistral", INVARIANT, 1, "bfloat16"), "tiny-mistral")
+    wanted = golden("tiny-mistral")["logits64"]
     error = np.sqrt(np.mean((logits - wanted) ** 2)) / wanted.std()
     assert TOLERANCE < error < TOLERANCE_BF16
 
