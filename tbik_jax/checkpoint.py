@@ -8,9 +8,11 @@ the configuration, the contract, and a digest of every array. It is an ordinary 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -73,9 +75,9 @@ class CheckpointInfo:
 
 
 def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write ``model``, which lies on ``mesh``, to the new folder ``path``.
+    """Write ``model``, which lies on ``mesh``, to the new folder ``path``; give back what :func:`read_metadata` will say.
 
-    Every device writes its part of every array. While it does, a second copy of the parameters is in device memory.
+    Every device writes its part of every array. Until they have, device memory holds a second copy of the parameters.
 
     Guarantee: the names, shapes and bits of all stored arrays, and so their digests, depend on the model and not on the
     mesh. Nothing incomplete is ever found under ``path``: it is written beside it and renamed when done. What an
@@ -86,20 +88,18 @@ def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = 
 
     Raises:
         ValueError: something is at ``path``; the model is packed; ``mesh`` is not the model's.
+        NotImplementedError: several processes.
     """
     path = _absolute(path)
     state = nnx.split(model)[1]
+    replaces, ranks = path.exists(), model.layout.ranks
     with Problems("checkpoint.save") as problems:
-        if path.exists() and not overwrite:
+        _check_processes(problems)
+        _check_not_packed(problems, state)
+        if replaces and not overwrite:
             problems.add(f"{path} exists; choose another path, or give overwrite=True")
-        elif path.exists():
+        elif replaces:
             problems.check(_is_checkpoint(path), f"{path} is no checkpoint; overwrite=True replaces nothing else")
-        problems.check(
-            not any(isinstance(v, Packed) for v in _variables(state)),
-            "the model is packed for inference, and its weights have no stored form. Save it before model.pack(), and "
-            "before Generator(model, mesh), which packs it unless pack=False",
-        )
-        ranks = model.layout.ranks
         problems.check(
             mesh.shape.get(TENSOR) == ranks,
             f"the mesh is {dict(mesh.shape)}, and the model is laid out for {ranks} ranks of {TENSOR!r}",
@@ -107,14 +107,11 @@ def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = 
     parameters, plans = _parameters(state), _plans(model.config, state, ranks)
     info = CheckpointInfo(model.config, model.numerics.contract, model.dtype, _digests(model), tbik_jax.__version__)
     stored = {name: _stored(parameters[name][...], plan, mesh) for name, plan in plans.items()}
-    items = ocp.args.Composite(
-        **{_MODEL: ocp.args.JsonSave(_to_json(info)), _PARAMETERS: ocp.args.StandardSave(stored)}
-    )
-    replaces = path.exists()
+    items = {_MODEL: ocp.args.JsonSave(_to_json(info)), _PARAMETERS: ocp.args.StandardSave(stored)}
     target = path.with_name(f"{path.name}.new") if replaces else path
     with _checkpointer() as checkpointer:
-        checkpointer.save(target, args=items, force=replaces)
-    if replaces:  # whenever this is cut short, the old checkpoint or the new one is whole, here or beside
+        checkpointer.save(target, args=ocp.args.Composite(**items), force=replaces)
+    if replaces:  # wherever this is cut short, the old checkpoint or the new one is whole, here or beside
         old = path.with_name(f"{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
@@ -133,8 +130,8 @@ def restore(
 ) -> Transformer:
     """The model stored at ``path``, on ``mesh``, whatever mesh it was saved on.
 
-    Every device reads its part of every array; then one all-to-all per parameter brings the slots in place. Beside the
-    parameters, a device holds about one more of them at a time.
+    Every device reads its part of every array; then one all-to-all per parameter brings the slots in place. On a device,
+    memory never holds more than the stored model's share, the slots that are done, and one parameter in between.
 
     Guarantee: the parameters have the bits that were saved (``dtype`` None), on every mesh.
 
@@ -147,12 +144,15 @@ def restore(
     Raises:
         ContractMismatchError: ``numerics`` has another contract than the stored one.
         ValueError: no checkpoint, one of an unknown version, or a damaged one; a mesh or dtype that does not fit.
+        NotImplementedError: several processes.
     """
     path = _absolute(path)
     info = read_metadata(path)
     numerics = numerics or Numerics.invariant(info.contract)
     info.contract.require(numerics.contract)
     dtype = jnp.dtype(info.dtype if dtype is None else dtype)
+    with Problems("checkpoint.restore") as problems:
+        _check_processes(problems)
     check_mesh(info.config, numerics, mesh, dtype)
     graph, state = nnx.split(abstract(info.config, numerics, mesh, dtype))
     plans = _plans(info.config, state, mesh.shape[TENSOR])
@@ -161,12 +161,12 @@ def restore(
 
         def fill(parameter: Variable) -> Variable:
             name = _name(parameter)
-            x = _slots(stored.pop(name), plans[name], mesh)
+            x = _slots(stored.pop(name), plans[name], mesh)  # popped, to be freed as soon as its slots are there
             problems.check(
                 not verify or digest(plans[name].canonical(np.asarray(x))) == info.digests[name],
-                f"{name} has not the bits that were saved; the files are damaged, restore another checkpoint",
+                f"{name} has not the bits that were saved: its file is damaged; restore another checkpoint",
             )
-            return parameter.replace(_rounded(x, dtype))
+            return parameter.replace(x if x.dtype == dtype else _rounded(x, dtype))
 
         filled = jax.tree.map(fill, state, is_leaf=_is_variable)
     return nnx.merge(graph, filled)
@@ -183,31 +183,39 @@ def read_metadata(path: str | Path) -> CheckpointInfo:
         if problems.check(path.exists(), "nothing is there; give the folder that tbik_jax.checkpoint.save wrote"):
             problems.check(
                 _is_checkpoint(path),
-                f"not a checkpoint of tbik_jax: it has no items {_MODEL!r} and {_PARAMETERS!r}. Folders of safetensors "
-                "and GGUF files are read by tbik_jax.models.open.open_model",
+                f"not a checkpoint of tbik_jax, which has the items {_MODEL!r} and {_PARAMETERS!r}; a Hugging Face folder "
+                "or a GGUF file is for tbik_jax.models.open.open_model",
             )
-    with Problems(f"checkpoint: {path}") as problems:
-        try:
-            with _checkpointer() as checkpointer:
-                data = checkpointer.restore(path, args=ocp.args.Composite(**{_MODEL: ocp.args.JsonRestore()}))[_MODEL]
-            return _from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.add(f"its item {_MODEL!r} cannot be read: {_told(error)}")
-    raise AssertionError("unreachable")
+    with _reading(path, _MODEL), _checkpointer() as checkpointer:
+        data = checkpointer.restore(path, args=ocp.args.Composite(**{_MODEL: ocp.args.JsonRestore()}))[_MODEL]
+    return _from_json(f"checkpoint: {path}", data)
 
 
 def parameter_digest(model: Transformer) -> str:
     """SHA-256 over the names and the SHA-256 of all parameters, as they would be stored.
 
-    Guarantee: equal for two models exactly if names, shapes, dtype and every bit of the parameters are (SHA-256 granted);
+    Guarantee: two models have the same digest if and only if names, shapes, dtype and every bit of the parameters agree;
     the mesh does not enter.
 
     Raises:
         ValueError: the model is packed.
     """
-    if any(isinstance(v, Packed) for v in _variables(nnx.split(model)[1])):
-        raise ValueError("parameter_digest: the model is packed, and its weights have no stored form; ask before packing")
+    with Problems("checkpoint.parameter_digest") as problems:
+        _check_not_packed(problems, nnx.split(model)[1])
     return _digest_of(_digests(model))
+
+
+def _check_processes(problems: Problems) -> None:
+    if jax.process_count() > 1:
+        problems.unsupported(f"{jax.process_count()} processes; checkpoints are for the devices of one process")
+
+
+def _check_not_packed(problems: Problems, state: Any) -> None:
+    problems.check(
+        not any(isinstance(v, Packed) for v in _variables(state)),
+        "the model is packed for inference, and packed weights have no stored form. Do this before model.pack(), and "
+        "before Generator(model, mesh), which packs unless pack=False",
+    )
 
 
 # One parameter, two layouts ------------------------------------------------------------------------------------------
@@ -246,7 +254,9 @@ class _Plan:
 
     @property
     def padded(self) -> tuple[int, ...]:
-        return tuple(n + self.missing * (self.slots != () and i == self.carried) for i, n in enumerate(self.shape))
+        if not self.missing:
+            return self.shape
+        return tuple(n + self.missing * (i == self.carried) for i, n in enumerate(self.shape))
 
     @property
     def stored_spec(self) -> P:
@@ -312,7 +322,7 @@ def _sharded_to_slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
     return lax.bitcast_convert_type(run(_as_integers(x)), x.dtype)
 
 
-_rounded = partial(jax.jit, static_argnums=1)(cast)
+_rounded = jax.jit(cast, static_argnums=1)
 
 
 def _stored(x: Array, plan: _Plan, mesh: Mesh) -> Array | np.ndarray:
@@ -362,7 +372,9 @@ def _digest_of(digests: Mapping[str, str]) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()  # Orbax takes no other
+    return (
+        Path(path).expanduser().resolve()
+    )  # Orbax takes no other; behind a link, the folder is replaced and not the link
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -378,48 +390,61 @@ def _to_json(info: CheckpointInfo) -> dict[str, Any]:
     return {**asdict(info), "config": info.config.to_dict(), "contract": info.contract.to_dict()}
 
 
-def _from_json(data: Mapping[str, Any]) -> CheckpointInfo:
-    if (version := data["format_version"]) != FORMAT_VERSION:
-        raise ValueError(
-            f"format version {version!r}; tbik-jax {tbik_jax.__version__} reads version {FORMAT_VERSION}, and "
-            f"tbik-jax {data.get('package_version')} wrote it: install that"
+def _from_json(where: str, data: Any) -> CheckpointInfo:
+    fields = {field.name for field in dataclasses.fields(CheckpointInfo)}
+    found = dict(data) if isinstance(data, Mapping) else {}
+    with Problems(where) as problems:
+        if problems.check(
+            found.get("format_version") == FORMAT_VERSION,
+            f"format version {found.get('format_version')}; this tbik-jax ({tbik_jax.__version__}) reads version "
+            f"{FORMAT_VERSION}. It was written by tbik-jax {found.get('package_version')}: install that",
+        ):
+            problems.check(
+                found.keys() == fields, f"its item {_MODEL!r} has the fields {sorted(found)}, not {sorted(fields)}"
+            )
+    with Problems(where) as problems:
+        for field, kind in (("config", ModelConfig), ("contract", Contract)):
+            try:
+                found[field] = kind.from_dict(found[field])
+            except ValueError as error:
+                problems.add(str(error).replace("\n", "\n  "))
+    return CheckpointInfo(**found)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, item: str) -> Iterator[None]:
+    """One error for all that Orbax and TensorStore may say of damaged files."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        message = (
+            f"its item {item!r} cannot be read: the files are damaged or incomplete ({type(error).__name__} above)"
         )
-    parsed = {"config": ModelConfig.from_dict(data["config"]), "contract": Contract.from_dict(data["contract"])}
-    return CheckpointInfo(**{**data, **parsed})
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", "\n    ")
+        raise ValueError(f"checkpoint: {path}: 1 problem\n  - {message}") from error
 
 
 def _read(path: Path, info: CheckpointInfo, plans: Mapping[str, _Plan], mesh: Mesh) -> dict[str, Array]:
     """All arrays, sharded and padded by their plans."""
-    where = f"checkpoint.restore: {path}"
     dtype = jnp.dtype(info.dtype)
+    with _reading(path, _PARAMETERS), _checkpointer() as checkpointer:
+        found = checkpointer.metadata(path).item_metadata[_PARAMETERS].tree
+    # The padding wants strict=False, by which Orbax would also pad or cut an array of a wrong shape.
+    with Problems(f"checkpoint: {path}") as problems:
+        for name in sorted(plans.keys() | found.keys()):
+            if not problems.check(name in plans, f"{name} is not part of this architecture; it would be ignored"):
+                continue
+            if problems.check(name in found and name in info.digests, f"{name} is missing"):
+                shape, stored = list(found[name].shape), jnp.dtype(found[name].dtype)
+                problems.check(
+                    shape == list(plans[name].shape) and stored == dtype,
+                    f"{name} is {stored} {shape}; the configuration asks for {dtype} {list(plans[name].shape)}",
+                )
     target = {
         name: jax.ShapeDtypeStruct(plan.padded, dtype, sharding=NamedSharding(mesh, plan.stored_spec))
         for name, plan in plans.items()
     }
-    with _checkpointer() as checkpointer, Problems(where) as problems:
-        try:
-            found = checkpointer.metadata(path).item_metadata[_PARAMETERS].tree
-            # Padding needs strict=False, which would also pad or cut an array of a wrong shape.
-            for name in sorted(plans.keys() | found.keys() | info.digests.keys()):
-                if not problems.check(name in plans, f"{name} is not part of this architecture; it would be ignored"):
-                    continue
-                if not problems.check(name in found and name in info.digests, f"{name} is missing"):
-                    continue
-                shape, stored = tuple(found[name].shape), jnp.dtype(found[name].dtype)
-                problems.check(
-                    shape == plans[name].shape and stored == dtype,
-                    f"{name} is {stored}{list(shape)}, not {dtype}{list(plans[name].shape)}",
-                )
-            problems.raise_if_any()
-            restored = checkpointer.restore(
-                path, args=ocp.args.Composite(**{_PARAMETERS: ocp.args.StandardRestore(target, strict=False)})
-            )
-        except Exception as error:
-            if problems:
-                raise
-            problems.add(f"its arrays cannot be read: {_told(error)}")
-    return dict(restored[_PARAMETERS])
+    items = {_PARAMETERS: ocp.args.StandardRestore(target, strict=False)}
+    with _reading(path, _PARAMETERS), _checkpointer() as checkpointer:
+        return dict(checkpointer.restore(path, args=ocp.args.Composite(**items))[_PARAMETERS])

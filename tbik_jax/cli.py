@@ -228,6 +228,7 @@ def _show(report: Any, meshes: list[int], batches: list[int]) -> None:
         f"jax {report.environment['jax']}, {report.environment['device']}; contract: {report.contract.leaves} leaves, "
         f"tree {report.contract.tree}",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("numerics", no_wrap=True)
