@@ -11,7 +11,7 @@ from jax import lax
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.elementary import exp
-from tbik_jax.kernels.exact import cast, product, quotient, tree_sum
+from tbik_jax.kernels.exact import cast, product, quotient, self_test, tree_sum
 from tbik_jax.kernels.matmul import cpu
 
 Array = jax.Array
@@ -60,6 +60,7 @@ def attention(
     """
     _check(q, k, v, positions, kv_block, kv_head_of)
     backend.family()
+    self_test()
     cpu.self_test()
     if kv_head_of is not None:
         k, v = jnp.take(k, kv_head_of, axis=1), jnp.take(v, kv_head_of, axis=1)

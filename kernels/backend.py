@@ -7,6 +7,10 @@ import jax
 FAMILIES = ("cpu",)
 
 
+class SelfTestError(RuntimeError):
+    """This XLA, on this processor or under these flags, does not give the bits that the contract asks for."""
+
+
 def family() -> str:
     """The backend family whose bits this process computes: ``"cpu"``.
 

@@ -6,10 +6,18 @@ to the last element of a vector), and drops a rounding to bf16 between two fusio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax import lax
 from jax.typing import DTypeLike
+
+from tbik_jax.kernels.backend import SelfTestError
 
 Array = jax.Array
 
@@ -72,3 +80,37 @@ def tree_sum(x: Array, axis: int = -1, *, keepdims: bool = False) -> Array:
             total = lax.concatenate([total, lax.slice_in_dim(x, half, half + 1, axis=axis)], axis)
         x = total
     return x if keepdims else lax.squeeze(x, (axis,))
+
+
+@cache
+def self_test() -> None:
+    """Compare the steps of this module, compiled, to NumPy's separate roundings; once per process.
+
+    Under ``--xla_cpu_fast_math_honor_nans=false`` LLVM assumes that nothing is NaN, and takes :func:`rounded` away.
+
+    Raises:
+        SelfTestError: naming what differs.
+    """
+    wrong = []
+    generator = np.random.default_rng(2511)
+    for n in (1, 7, 8, 9, 257):
+        a, b, c = generator.standard_normal((3, n), np.float32)
+        got = _run_now(lambda a, b, c: product(a, b) + c, a, b, c)
+        if got.tobytes() != (a * b + c).tobytes():
+            wrong.append(f"a product of {n} elements is contracted with the sum behind it")
+        got = _run_now(lambda a, b, c: cast(cast(a + b, jnp.bfloat16).astype(jnp.float32) + c, jnp.bfloat16), a, b, c)
+        want = ((a + b).astype(jnp.bfloat16).astype(np.float32) + c).astype(jnp.bfloat16)
+        if got.tobytes() != want.tobytes():
+            wrong.append(f"a rounding of {n} elements to bfloat16 is dropped")
+    if wrong:
+        raise SelfTestError(
+            "XLA does not keep roundings that the contract asks for, so results would depend on the mesh:\n"
+            + "\n".join(f"  - {line}" for line in wrong)
+            + "\nCheck XLA_FLAGS: fast math that does not honor NaNs (--xla_cpu_fast_math_honor_nans=false) must stay off."
+        )
+
+
+def _run_now(f: Callable[..., Array], *arguments: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """Compiled ahead of time, ``f`` runs at once, also while a caller's program is being traced."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
+    return np.asarray(jax.jit(f).lower(*shapes).compile()(*arguments))

@@ -88,6 +88,7 @@ def _fill(
     ranges = {
         device: (0, 0) if origin.cut == "whole" else index[slot_axis].indices(shape[slot_axis])[:2]
         for device, index in held.items()
+        if index is not None
     }
     buffers = {}
     for start, stop in set(ranges.values()):

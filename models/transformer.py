@@ -79,12 +79,12 @@ class Linear(nnx.Module):
         self.kind, self.leaves = kind, leaves
         self.names = tuple(origins)  # the order of the results; a Dict of modules forgets it
         self.treedef: Any = None
-        self.packed = nnx.List([])
+        self.packed: nnx.List[Packed] = nnx.List([])
         self.weights = nnx.Dict(
             {name: shared or _parameter(origin, shape, dtype) for name, (origin, shape) in origins.items()}
         )
         self.sizes = tuple(self._local_size(origin) for origin, _ in origins.values())
-        self.biases = nnx.Dict({})
+        self.biases: nnx.Dict[nnx.Param[Array]] = nnx.Dict({})
         if bias:
             for name, (origin, shape) in origins.items():
                 names = tuple(tensor.replace(".weight", ".bias") for tensor in origin.tensors)
@@ -113,7 +113,7 @@ class Linear(nnx.Module):
         self.packed = nnx.List([Packed(leaf, spec=spec) for leaf in leaves])
         self.weights = nnx.Dict({})
 
-    def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike = None) -> tuple[Array, ...]:
+    def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike | None = None) -> tuple[Array, ...]:
         biases = [self.biases[name][...] for name in self.names if name in self.biases]
         if self.kind == "row":
             w = self._packed() if self.packed else self.weights[self.names[0]][...]
@@ -311,14 +311,14 @@ class Transformer(nnx.Module):
         """
         numerics, config = self.numerics, self.config
         length = tokens.shape[1] if cache is None else cache.k.shape[3]
-        rotary = tuple(jnp.asarray(table)[positions] for table in rope_tables(config, length))
+        cos, sin = (jnp.asarray(table)[positions] for table in rope_tables(config, length))
         table = self.embedding[...].reshape(-1, config.hidden_size)
         x = numerics.embedding(tokens, table, self.vocabulary)
         graph, stacked = nnx.split(self.blocks)
 
         def one(carry: tuple[Array, Any], layer_and_state: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
             layer, state = layer_and_state
-            x, cache = nnx.merge(graph, state)(numerics, carry[0], rotary, positions, carry[1], layer)
+            x, cache = nnx.merge(graph, state)(numerics, carry[0], (cos, sin), positions, carry[1], layer)
             return (x, cache), None
 
         (x, cache), _ = lax.scan(one, (x, cache), (jnp.arange(config.num_layers), stacked))

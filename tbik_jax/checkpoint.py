@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,13 +75,14 @@ class CheckpointInfo:
 
 
 def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = False) -> CheckpointInfo:
-    """Write ``model``, which lies on ``mesh``, to the new folder ``path``; give back what :func:`read_metadata` will say.
+    """Write ``model``, which lies on ``mesh``, to the new folder ``path``; returns what :func:`read_metadata` will say.
 
     Every device writes its part of every array. Until they have, device memory holds a second copy of the parameters.
 
     Guarantee: the names, shapes and bits of all stored arrays, and so their digests, depend on the model and not on the
     mesh. Nothing incomplete is ever found under ``path``: it is written beside it and renamed when done. What an
-    interrupted save leaves there ends in ``.orbax-checkpoint-tmp``, and the next one clears it away.
+    interrupted save leaves there ends in ``.orbax-checkpoint-tmp`` (``.tbik-jax-new``, ``.tbik-jax-old`` if it was
+    overwriting), and the next one clears it away.
 
     Args:
         overwrite: Replace a checkpoint that is already there, once the new one is complete.
@@ -108,11 +109,11 @@ def save(path: str | Path, model: Transformer, mesh: Mesh, *, overwrite: bool = 
     info = CheckpointInfo(model.config, model.numerics.contract, model.dtype, _digests(model), tbik_jax.__version__)
     stored = {name: _stored(parameters[name][...], plan, mesh) for name, plan in plans.items()}
     items = {_MODEL: ocp.args.JsonSave(_to_json(info)), _PARAMETERS: ocp.args.StandardSave(stored)}
-    target = path.with_name(f"{path.name}.new") if replaces else path
+    target = path.with_name(f"{path.name}.tbik-jax-new") if replaces else path
     with _checkpointer() as checkpointer:
         checkpointer.save(target, args=ocp.args.Composite(**items), force=replaces)
     if replaces:  # wherever this is cut short, the old checkpoint or the new one is whole, here or beside
-        old = path.with_name(f"{path.name}.old")
+        old = path.with_name(f"{path.name}.tbik-jax-old")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         target.rename(path)
@@ -130,8 +131,8 @@ def restore(
 ) -> Transformer:
     """The model stored at ``path``, on ``mesh``, whatever mesh it was saved on.
 
-    Every device reads its part of every array; then one all-to-all per parameter brings the slots in place. On a device,
-    memory never holds more than the stored model's share, the slots that are done, and one parameter in between.
+    Every device reads its part of every array; then one all-to-all per parameter brings the slots in place. A device
+    holds its share of the model and, at the most, its share of one parameter twice.
 
     Guarantee: the parameters have the bits that were saved (``dtype`` None), on every mesh.
 
@@ -146,13 +147,13 @@ def restore(
         ValueError: no checkpoint, one of an unknown version, or a damaged one; a mesh or dtype that does not fit.
         NotImplementedError: several processes.
     """
+    with Problems("checkpoint.restore") as problems:
+        _check_processes(problems)
     path = _absolute(path)
     info = read_metadata(path)
     numerics = numerics or Numerics.invariant(info.contract)
     info.contract.require(numerics.contract)
     dtype = jnp.dtype(info.dtype if dtype is None else dtype)
-    with Problems("checkpoint.restore") as problems:
-        _check_processes(problems)
     check_mesh(info.config, numerics, mesh, dtype)
     graph, state = nnx.split(abstract(info.config, numerics, mesh, dtype))
     plans = _plans(info.config, state, mesh.shape[TENSOR])
@@ -161,7 +162,8 @@ def restore(
 
         def fill(parameter: Variable) -> Variable:
             name = _name(parameter)
-            x = _slots(stored.pop(name), plans[name], mesh)  # popped, to be freed as soon as its slots are there
+            x = stored.pop(name)  # not held on to, so that it is freed as soon as its slots are there
+            x = _to_slots(x, plans[name], mesh) if plans[name].slots else x
             problems.check(
                 not verify or digest(plans[name].canonical(np.asarray(x))) == info.digests[name],
                 f"{name} has not the bits that were saved: its file is damaged; restore another checkpoint",
@@ -183,8 +185,8 @@ def read_metadata(path: str | Path) -> CheckpointInfo:
         if problems.check(path.exists(), "nothing is there; give the folder that tbik_jax.checkpoint.save wrote"):
             problems.check(
                 _is_checkpoint(path),
-                f"not a checkpoint of tbik_jax, which has the items {_MODEL!r} and {_PARAMETERS!r}; a Hugging Face folder "
-                "or a GGUF file is for tbik_jax.models.open.open_model",
+                f"not a checkpoint of tbik_jax, which has the items {_MODEL!r} and {_PARAMETERS!r}. Hugging Face "
+                "folders and GGUF files are for tbik_jax.models.open.open_model",
             )
     with _reading(path, _MODEL), _checkpointer() as checkpointer:
         data = checkpointer.restore(path, args=ocp.args.Composite(**{_MODEL: ocp.args.JsonRestore()}))[_MODEL]
@@ -194,8 +196,8 @@ def read_metadata(path: str | Path) -> CheckpointInfo:
 def parameter_digest(model: Transformer) -> str:
     """SHA-256 over the names and the SHA-256 of all parameters, as they would be stored.
 
-    Guarantee: two models have the same digest if and only if names, shapes, dtype and every bit of the parameters agree;
-    the mesh does not enter.
+    Guarantee: two models have the same digest if and only if names, shapes, dtype and every bit of the parameters
+    agree; the mesh does not enter.
 
     Raises:
         ValueError: the model is packed.
@@ -227,8 +229,9 @@ class _Plan:
 
     ``shape`` is the stored one, and ``axis`` the dimension of it that the model cuts in slots. Between disk and model
     the array is sharded over ``carried``, a dimension that no slot cuts: each device then orders all slots of its share
-    by itself, and an all-to-all is the whole exchange. XLA shards evenly only, so ``carried`` is the dimension that needs
-    the least padding to a multiple of the ranks; often none. No device ever holds a whole parameter that the model cuts.
+    by itself, an all-to-all is the whole exchange, and no device ever holds the whole of what the model cuts. XLA
+    shards evenly only, so ``carried`` is the dimension that needs the least padding to a multiple of the ranks; mostly
+    none.
     """
 
     shape: tuple[int, ...]
@@ -280,8 +283,8 @@ class _Plan:
     def to_stored(self, x: Array) -> Array:
         """On a rank: its slots, all of ``carried`` -> all entries, its share of ``carried``."""
         x = jnp.pad(x, [(0, self.missing * (i == self.carried_in_model)) for i in range(x.ndim)])
-        x = lax.all_to_all(x, TENSOR, self.carried_in_model, self.lead, tiled=True)
-        return self.canonical(x)
+        entries: Array = self.canonical(lax.all_to_all(x, TENSOR, self.carried_in_model, self.lead, tiled=True))
+        return entries
 
     def to_slots(self, x: Array) -> Array:
         """The inverse of :meth:`to_stored`; idle slots and entries behind the last are zeros."""
@@ -305,21 +308,19 @@ def _plans(config: ModelConfig, state: Any, ranks: int) -> dict[str, _Plan]:
     return {name: plan(v.get_metadata()["origin"]) for name, v in _parameters(state).items()}
 
 
-def _as_integers(x: Array) -> Array:
-    """Moved as integers, the payload of a NaN and the sign of a zero are nobody's to change."""
-    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+@partial(jax.jit, static_argnums=(1, 2))
+def _to_stored(x: Array, plan: _Plan, mesh: Mesh) -> Array:
+    return _moved(x, jax.shard_map(plan.to_stored, mesh=mesh, in_specs=plan.model_spec, out_specs=plan.stored_spec))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _sharded_to_stored(x: Array, plan: _Plan, mesh: Mesh) -> Array:
-    run = jax.shard_map(plan.to_stored, mesh=mesh, in_specs=plan.model_spec, out_specs=plan.stored_spec)
-    return lax.bitcast_convert_type(run(_as_integers(x)), x.dtype)
+def _to_slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
+    return _moved(x, jax.shard_map(plan.to_slots, mesh=mesh, in_specs=plan.stored_spec, out_specs=plan.model_spec))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _sharded_to_slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
-    run = jax.shard_map(plan.to_slots, mesh=mesh, in_specs=plan.stored_spec, out_specs=plan.model_spec)
-    return lax.bitcast_convert_type(run(_as_integers(x)), x.dtype)
+def _moved(x: Array, move: Callable[[Array], Array]) -> Array:
+    """As integers, so that no backend may touch the payload of a NaN, the sign of a zero, or a subnormal number."""
+    return lax.bitcast_convert_type(move(lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")), x.dtype)
 
 
 _rounded = jax.jit(cast, static_argnums=1)
@@ -328,13 +329,9 @@ _rounded = jax.jit(cast, static_argnums=1)
 def _stored(x: Array, plan: _Plan, mesh: Mesh) -> Array | np.ndarray:
     if not plan.slots:
         return x
-    x = _sharded_to_stored(x, plan, mesh)
-    # What is stored has no padding, and an uneven array cannot be sharded: it goes over the host.
-    return np.asarray(x)[tuple(map(slice, plan.shape))] if plan.missing else x
-
-
-def _slots(x: Array, plan: _Plan, mesh: Mesh) -> Array:
-    return _sharded_to_slots(x, plan, mesh) if plan.slots else x
+    stored: Array = _to_stored(x, plan, mesh)
+    # What is stored has no padding, and XLA cannot shard it without: it goes over the host.
+    return np.asarray(stored)[tuple(map(slice, plan.shape))] if plan.missing else stored
 
 
 # Names and digests ---------------------------------------------------------------------------------------------------
@@ -358,7 +355,7 @@ def _parameters(state: Any) -> dict[str, Variable]:
 
 
 def _digests(model: Transformer) -> dict[str, str]:
-    """By NumPy from the model's slots, so that it also checks what the devices wrote."""
+    """By NumPy from the model's slots, so that restoring also checks how the devices brought them to disk and back."""
     state = nnx.split(model)[1]
     plans = _plans(model.config, state, model.layout.ranks)
     return {name: digest(plans[name].canonical(np.asarray(v[...]))) for name, v in _parameters(state).items()}
@@ -372,9 +369,8 @@ def _digest_of(digests: Mapping[str, str]) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    return (
-        Path(path).expanduser().resolve()
-    )  # Orbax takes no other; behind a link, the folder is replaced and not the link
+    """Orbax takes no other. Links are followed, so that overwriting replaces a folder and never a link."""
+    return Path(path).expanduser().resolve()
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -391,23 +387,28 @@ def _to_json(info: CheckpointInfo) -> dict[str, Any]:
 
 
 def _from_json(where: str, data: Any) -> CheckpointInfo:
-    fields = {field.name for field in dataclasses.fields(CheckpointInfo)}
     found = dict(data) if isinstance(data, Mapping) else {}
+    known = {field.name for field in dataclasses.fields(CheckpointInfo)}
     with Problems(where) as problems:
-        if problems.check(
-            found.get("format_version") == FORMAT_VERSION,
-            f"format version {found.get('format_version')}; this tbik-jax ({tbik_jax.__version__}) reads version "
-            f"{FORMAT_VERSION}. It was written by tbik-jax {found.get('package_version')}: install that",
+        version = found.get("format_version")
+        if version is None:
+            problems.add(f"its item {_MODEL!r} has no format_version; tbik_jax did not write it")
+        elif problems.check(
+            version == FORMAT_VERSION,
+            f"format version {version}; this tbik-jax, {tbik_jax.__version__}, reads version {FORMAT_VERSION}. Install "
+            f"the one that wrote it, {found.get('package_version')}",
         ):
             problems.check(
-                found.keys() == fields, f"its item {_MODEL!r} has the fields {sorted(found)}, not {sorted(fields)}"
+                found.keys() == known, f"its item {_MODEL!r} has the fields {sorted(found)}, not {sorted(known)}"
             )
     with Problems(where) as problems:
         for field, kind in (("config", ModelConfig), ("contract", Contract)):
             try:
                 found[field] = kind.from_dict(found[field])
-            except ValueError as error:
-                problems.add(str(error).replace("\n", "\n  "))
+            except (ValueError, TypeError, AttributeError) as error:
+                problems.add(f"{field}: {error}".replace("\n", "\n  "))
+        dtype = found["dtype"]
+        problems.check(dtype in ("float32", "bfloat16"), f"dtype {dtype!r} is neither float32 nor bfloat16")
     return CheckpointInfo(**found)
 
 
@@ -416,8 +417,8 @@ def _reading(path: Path, item: str) -> Iterator[None]:
     """One error for all that Orbax and TensorStore may say of damaged files."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # no fault of the files
     except Exception as error:
         message = (
             f"its item {item!r} cannot be read: the files are damaged or incomplete ({type(error).__name__} above)"

@@ -45,7 +45,7 @@ def tree_psum(
     axis_name: str,
     *,
     tree: Tree,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
 ) -> Array:
     """The canonical sum over the leaves of all ranks, on every rank.
@@ -83,7 +83,7 @@ def tree_psum_scatter(
     *,
     tree: Tree,
     scatter_dimension: int = 0,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
 ) -> Array:
     """The canonical sum, of which rank r keeps the r-th slice; :func:`tree_all_gather` undoes the slicing.

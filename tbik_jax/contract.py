@@ -89,7 +89,8 @@ class Contract:
                 problems.add(
                     f"field {name!r} = {data[name]!r} is unknown here; install the tbik-jax release that wrote it"
                 )
-        return cls(**{name: tuple(value) if isinstance(value := data[name], list) else value for name in names})
+        values: dict[str, Any] = {name: data[name] for name in names}
+        return cls(**{**values, "tree": tuple(values["tree"])})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

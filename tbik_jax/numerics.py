@@ -51,7 +51,7 @@ class Numerics(ABC):
         """Lay a local weight out for inference: ``[slots, n, K]`` (column) or ``[slots, N, k]`` (row)."""
 
     @abstractmethod
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
         """``x [..., K]``, the same on every rank -> ``[..., slots * n]``."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Invariant(Numerics):
     def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight:
         return matmul.pack(w.reshape(1, -1, w.shape[-1]) if kind == "column" else w)
 
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
         return dense.column_parallel(x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype)
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
@@ -147,16 +147,17 @@ class Plain(Numerics):
     def _matrix(kind: Literal["column", "row"], w: Weight) -> Array:
         if isinstance(w, _PlainWeight):
             return w.w
+        by_leaf: Array = w
         if kind == "column":
-            return w.reshape(-1, w.shape[-1]).T
-        return w.swapaxes(1, 2).reshape(-1, w.shape[1])
+            return by_leaf.reshape(-1, by_leaf.shape[-1]).T
+        return by_leaf.swapaxes(1, 2).reshape(-1, by_leaf.shape[1])
 
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike = None) -> Array:
+    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
         y = jnp.dot(x, self._matrix("column", w), preferred_element_type=dtype or x.dtype)
         return y if bias is None else y + bias
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
-        y = lax.psum(jnp.dot(x, self._matrix("row", w)), axis)
+        y: Array = lax.psum(jnp.dot(x, self._matrix("row", w)), axis)
         return y if bias is None else y + bias
 
     def add(self, x: Array, y: Array) -> Array:
@@ -192,4 +193,5 @@ class Plain(Numerics):
         first, held = vocabulary.local_entries()
         index = tokens - first
         mine = (index >= 0) & (index < held)
-        return lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0), vocabulary.axis_name)
+        rows: Array = lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0), vocabulary.axis_name)
+        return rows

@@ -27,7 +27,7 @@ def digest(*arrays: Any) -> str:
 def _ordered(x: np.ndarray) -> np.ndarray:
     """Bit patterns as integers in the order of the floats they stand for."""
     b = bits(x).astype(np.int64)
-    top = np.int64(1) << (8 * x.dtype.itemsize - 1)
+    top = 1 << (8 * x.dtype.itemsize - 1)
     return np.where(b >= top, top - b - 1, b)
 
 
@@ -37,11 +37,10 @@ def assert_bitwise_equal(got: Any, want: Any, what: str = "arrays") -> None:
     The message names the first difference: where, both values, both bit patterns, the distance in units in the last
     place, and the share of elements that differ.
     """
-    got_leaves, got_tree = jax.tree.flatten_with_path(got)
-    want_leaves, want_tree = jax.tree.flatten_with_path(want)
+    got_tree, want_tree = jax.tree.structure(got), jax.tree.structure(want)
     if got_tree != want_tree:
         raise AssertionError(f"{what}: other structure, {got_tree} against {want_tree}")
-    for (path, a), (_, b) in zip(got_leaves, want_leaves, strict=True):
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         name = what + jax.tree_util.keystr(path)
         if a.shape != b.shape or a.dtype != b.dtype:

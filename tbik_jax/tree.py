@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 from tbik_jax._problems import Problems
@@ -125,7 +126,8 @@ class Tree:
 
         Two trees with equal ``leaves`` and ``levels`` are the same tree.
         """
-        count, found = self.leaves, []
+        count = self.leaves
+        found: list[int] = []
         while count > 1:
             arity = self.arities[min(len(found), len(self.arities) - 1)]
             found.append(min(arity, count))
@@ -193,7 +195,7 @@ def leaf_ranges(leaves: int, ranks: int) -> tuple[range, ...]:
         )
     size, extra = divmod(leaves, ranks)
     starts = [rank * size + min(rank, extra) for rank in range(ranks + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(range(a, b) for a, b in pairwise(starts))
 
 
 @dataclass(frozen=True)

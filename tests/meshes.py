@@ -19,3 +19,21 @@ def by_slot(leaves: np.ndarray, plan: Schedule, fill: float = np.nan) -> np.ndar
     for rank, held in enumerate(plan.ranges):
         out[rank, : len(held)] = leaves[held.start : held.stop]
     return out.reshape(-1, *leaves.shape[1:])
+
+
+def from_slots(x: np.ndarray, plan: Schedule) -> np.ndarray:
+    """The inverse of :func:`by_slot`: the leaves in order, unread slots left out."""
+    by_rank = np.asarray(x).reshape(plan.ranks, plan.slots, *np.shape(x)[1:])
+    return np.concatenate([by_rank[rank, : len(held)] for rank, held in enumerate(plan.ranges)])
+
+
+def columns_by_slot(x: np.ndarray, plan: Schedule, fill: float = np.nan) -> np.ndarray:
+    """``[M, L * n]`` -> ``[M, ranks * slots * n]``: columns as a column-parallel layer has them."""
+    by_leaf = x.reshape(len(x), plan.tree.leaves, -1).swapaxes(0, 1)
+    return by_slot(by_leaf, plan, fill).swapaxes(0, 1).reshape(len(x), -1)
+
+
+def columns_from_slots(y: np.ndarray, plan: Schedule) -> np.ndarray:
+    """The inverse of :func:`columns_by_slot`."""
+    by_leaf = np.asarray(y).reshape(len(y), plan.ranks * plan.slots, -1).swapaxes(0, 1)
+    return from_slots(by_leaf, plan).swapaxes(0, 1).reshape(len(y), -1)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import jax
 
 from tbik_jax._problems import Problems
-from tbik_jax.kernels import backend
+from tbik_jax.kernels import backend, exact
+from tbik_jax.kernels.backend import SelfTestError
 from tbik_jax.kernels.matmul import cpu
-from tbik_jax.kernels.matmul.cpu import PackedWeight, SelfTestError
+from tbik_jax.kernels.matmul.cpu import PackedWeight
 
 __all__ = ["PackedWeight", "SelfTestError", "leaf_products", "pack"]
 
@@ -49,6 +50,7 @@ def leaf_products(x: jax.Array, w: jax.Array | PackedWeight) -> jax.Array:
             )
         problems.check(min(n, k, leaves) > 0, f"w has an empty dimension: (leaves, N, k) = {(leaves, n, k)}")
     backend.family()
+    exact.self_test()
     cpu.self_test()
     return cpu.leaf_products(x, w)
 

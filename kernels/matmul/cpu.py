@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbik_jax.kernels.backend import SelfTestError
 from tbik_jax.kernels.matmul import spec
 
 Array = jax.Array
@@ -160,15 +161,12 @@ def _chunk_sum(x: Array, w: Array, count: int, *, contract: int) -> Array:
     by_chunk = [a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1) for a in (x, w)]
 
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + lax.dot_general(*chunk, dimensions, preferred_element_type=jnp.float32), None
+        x, w = chunk
+        return total + lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32), None
 
-    first, rest = zip(*((a[0], a[1:]) for a in by_chunk), strict=True)
-    total = lax.dot_general(*first, dimensions, preferred_element_type=jnp.float32)
-    return lax.scan(add, total, rest)[0]
-
-
-class SelfTestError(RuntimeError):
-    """This XLA on this processor does not give the bits that the contract asks for."""
+    xs, ws = by_chunk
+    total = lax.dot_general(xs[0], ws[0], dimensions, preferred_element_type=jnp.float32)
+    return lax.scan(add, total, (xs[1:], ws[1:]))[0]
 
 
 @cache

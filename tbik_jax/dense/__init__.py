@@ -12,6 +12,7 @@ from tbik_jax.dense.vocabulary import (
     gather_logits,
     log_softmax,
     log_sum_exp,
+    logits,
     mask_logits,
 )
 from tbik_jax.kernels.attention import attention
@@ -30,6 +31,7 @@ __all__ = [
     "gather_logits",
     "log_softmax",
     "log_sum_exp",
+    "logits",
     "make_dot_general",
     "mask_logits",
     "pack",

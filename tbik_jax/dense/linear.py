@@ -43,8 +43,8 @@ def column_parallel(
         bias: ``[N_local]``; added in f32 before the one rounding.
         axis_name: Axis of the enclosing ``shard_map``; ``None`` where one device holds everything.
         contract: Numerics-bearing.
-        leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``), or
-            all slots (3-d ``w``).
+        leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``).
+            Slots on several ranks do not tell: without ``leaves`` they have no gradient.
         dtype: Output dtype; the dtype of ``x`` by default.
 
     Guarantee: column n of row m depends on that row and that row of ``w`` alone: not on the mesh, the batch, or N. The
@@ -63,10 +63,9 @@ def column_parallel(
             )
         y = _packed_products(rows[:, None], w)[0]
     else:
-        tree = _leaf_tree("dense.column_parallel", w, 0, axis_name, contract, leaves)
+        slots, tree = _cut("dense.column_parallel", w, 0, axis_name, contract, leaves)
         with Problems("dense.column_parallel") as problems:
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
-        slots = _slots(tree, axis_name)
         y = _column(axis_name, tree, rows, w.reshape(slots, -1, k))
     return _finish("dense.column_parallel", y, bias, dtype or x.dtype).reshape(*lead, -1)
 
@@ -93,7 +92,8 @@ def row_parallel(
         bias: ``[N]``, the same on every rank; added in f32 after the tree, before the one rounding.
         axis_name: Axis of the enclosing ``shard_map``; ``None`` where one device holds everything.
         contract: Numerics-bearing.
-        leaves: Leaves of K over the whole axis; by default ``contract.leaves`` (2-d ``w``) or all slots.
+        leaves: Leaves of K over the whole axis; by default ``contract.leaves`` (2-d ``w``). Slots on several ranks do
+            not tell and need it.
         dtype: Output dtype; the dtype of ``x`` by default.
         scatter_dimension: Keep only this rank's slice along that dimension of ``y`` (sequence parallelism).
         algorithm: Performance-only, see :func:`tbik_jax.tree_psum`.
@@ -105,26 +105,16 @@ def row_parallel(
         NotImplementedError: the gradient of a packed weight.
     """
     lead = x.shape[:-1]
-    if isinstance(w, PackedWeight):
-        slots, k = w.leaves, w.k
-        ranks = 1 if axis_name is None else axis_size(axis_name)
-        tree = contract.tree_over(leaves or slots * ranks)
-        with Problems("dense.row_parallel") as problems:
-            problems.check(
-                x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}; the packed weight has {slots} leaves of {k}"
-            )
-        parts = _packed_products(x.reshape(-1, slots, k), w)
-    else:
-        tree = _leaf_tree("dense.row_parallel", w, -1, axis_name, contract, leaves)
-        slots = _slots(tree, axis_name)
-        if w.ndim == 2:
-            w = w.reshape(w.shape[0], slots, -1).swapaxes(0, 1)
-        with Problems("dense.row_parallel") as problems:
-            problems.check(
-                x.shape[-1] == slots * w.shape[-1],
-                f"x has K = {x.shape[-1]}, w (by leaf) has shape {w.shape}: {slots} slots of {w.shape[-1]}",
-            )
-        parts = leaf_products(x.reshape(-1, slots, w.shape[-1]), w)
+    slots, tree = _cut("dense.row_parallel", w, -1, axis_name, contract, leaves)
+    if tree is None:
+        raise _unknown_leaves("dense.row_parallel", slots)
+    if not isinstance(w, PackedWeight) and w.ndim == 2:
+        w = w.reshape(w.shape[0], slots, -1).swapaxes(0, 1)
+    k = w.k if isinstance(w, PackedWeight) else w.shape[-1]
+    with Problems("dense.row_parallel") as problems:
+        problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
+    products = _packed_products if isinstance(w, PackedWeight) else leaf_products
+    parts = products(x.reshape(-1, slots, k), w)
     parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
     if axis_name is None:
         total = tree.reduce(list(parts), jnp.add)
@@ -211,50 +201,63 @@ def _add_bias_bwd(bias: Array, dy: Array) -> tuple[Array, Array]:
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
-def _slots(tree: Tree, axis_name: str | None) -> int:
-    return schedule(tree, 1 if axis_name is None else axis_size(axis_name)).slots
+def _cut(
+    where: str, w: Array | PackedWeight, split: int, axis_name: str | None, contract: Contract, leaves: int | None
+) -> tuple[int, Tree | None]:
+    """The slots of ``w``, and the tree over the leaves of the dimension that the axis splits.
 
-
-def _leaf_tree(where: str, w: Array, split: int, axis_name: str | None, contract: Contract, leaves: int | None) -> Tree:
-    """The tree over the leaves of the dimension that the axis splits; checks that ``w`` is cut accordingly."""
+    No tree if nobody says how many leaves: three slots on each of three ranks may be seven, eight or nine of them.
+    """
     ranks = 1 if axis_name is None else axis_size(axis_name)
     with Problems(where) as problems:
-        if not problems.check(w.ndim in (2, 3), f"w has shape {w.shape}; give [N, K], or [slots, ., .] by leaf"):
+        if isinstance(w, PackedWeight):
+            slots = w.leaves
+        elif problems.check(w.ndim in (2, 3), f"w has shape {w.shape}; give [N, K], or [slots, ., .] by leaf"):
+            slots = w.shape[0] if w.ndim == 3 else 0
+        else:
             problems.raise_if_any()
-        total = leaves or (contract.leaves if w.ndim == 2 else w.shape[0] * ranks)
+        if leaves is None and slots and ranks > 1:
+            return slots, None
+        total = leaves if leaves is not None else slots or contract.leaves
         fits = problems.check(
             ranks <= total,
             f"axis {axis_name!r} has {ranks} ranks but the dimension only {total} leaves: use a smaller mesh, or a "
             f"contract with more leaves (which has other bits)",
         )
         if fits:
-            slots = schedule(contract.tree_over(total), ranks).slots
-            if w.ndim == 3:
+            wanted = schedule(contract.tree_over(total), ranks).slots
+            if slots:
+                problems.check(slots == wanted, f"w has {slots} slots; {total} leaves over {ranks} ranks need {wanted}")
+            elif not isinstance(w, PackedWeight):
                 problems.check(
-                    w.shape[0] == slots, f"w has {w.shape[0]} slots; {total} leaves over {ranks} ranks need {slots}"
-                )
-            else:
-                problems.check(
-                    total % ranks == 0 and w.shape[split] % slots == 0,
+                    total % ranks == 0 and w.shape[split] % wanted == 0,
                     f"w has {w.shape[split]} local units for {total} leaves over {ranks} ranks: they are no whole, equal "
                     f"leaves. Give w by leaf, [slots, ., .], or choose leaves that both the mesh and the dimension divide",
                 )
-    return contract.tree_over(total)
+    return wanted, contract.tree_over(total)
+
+
+def _unknown_leaves(where: str, slots: int) -> ValueError:
+    return ValueError(f"{where}: {slots} slots per rank do not say how many leaves all ranks hold; pass leaves=")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _column(axis_name: str | None, tree: Tree, x: Array, w: Array) -> Array:
+def _column(axis_name: str | None, tree: Tree | None, x: Array, w: Array) -> Array:
     """``x [M, K]`` invariant, ``w [slots, n, K]`` local -> ``[M, slots * n]`` f32."""
     return matmul.leaf_products(x[:, None], w.reshape(1, -1, w.shape[-1]))[0]
 
 
-def _column_fwd(axis_name: str | None, tree: Tree, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _column_fwd(axis_name: str | None, tree: Tree | None, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return _column(axis_name, tree, x, w), (x, w)
 
 
-def _column_bwd(axis_name: str | None, tree: Tree, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _column_bwd(
+    axis_name: str | None, tree: Tree | None, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, w = saved
     slots, n, k = w.shape
+    if tree is None:
+        raise _unknown_leaves("dense.column_parallel, input gradient", slots)
     parts = matmul.leaf_products(dy.reshape(-1, slots, n), w.swapaxes(1, 2))
     dx = tree.reduce(list(parts), jnp.add) if axis_name is None else tree_psum(parts, axis_name, tree=tree)
     dw = matmul.leaf_products(dy.T[:, None], vary_like(x, dy).T[None])[0]

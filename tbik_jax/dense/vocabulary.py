@@ -17,8 +17,10 @@ from tbik_jax._axes import axis_size, vary
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
+from tbik_jax.dense.linear import column_parallel
 from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import cast, product, tree_sum
+from tbik_jax.kernels.matmul import PackedWeight
 from tbik_jax.tree import Schedule, Tree, schedule
 
 Array = jax.Array
@@ -127,6 +129,26 @@ def _embedding_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array
 
 
 _embedding.defvjp(_embedding_fwd, _embedding_bwd)
+
+
+def logits(x: Array, table: Array | PackedWeight, vocabulary: Vocabulary) -> Array:
+    """This rank's logits, f32 ``[..., slots * width]``, of hidden states ``x [..., D]`` that all ranks hold.
+
+    ``table [slots * width, D]`` is the head, or the embedding where they are tied, or its packed form. Entries that are
+    no token are -inf. The product is :func:`tbik_jax.dense.column_parallel`'s, without a rounding to the dtype of ``x``.
+    """
+    if not isinstance(table, PackedWeight):
+        vocabulary.check("dense.logits", "table", table.shape[0])
+        table = table.reshape(vocabulary.plan.slots, vocabulary.width, -1)
+    y = column_parallel(
+        x,
+        table,
+        axis_name=vocabulary.axis_name,
+        contract=vocabulary.contract,
+        leaves=vocabulary.leaves,
+        dtype=jnp.float32,
+    )
+    return mask_logits(y, vocabulary)
 
 
 def mask_logits(logits: Array, vocabulary: Vocabulary) -> Array:

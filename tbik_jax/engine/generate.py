@@ -140,11 +140,12 @@ class Generator:
             -(-capacity // block) * block,
             self.config.head_dim,
         )
-        return jax.tree.map(
+        cache: KVCache = jax.tree.map(
             lambda spec: jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, spec)),
             KVCache.spec(),
             is_leaf=lambda x: isinstance(x, P),
         )
+        return cache
 
     # What users call ---------------------------------------------------------------------------------------------------
 
@@ -167,8 +168,8 @@ class Generator:
             first = np.full(len(batch), start, np.int32)
             logits, cache = self._extend(self._state, batch[:, start : start + chunk], first, cache)
             parts.append(np.asarray(logits))
-        logits = np.concatenate(parts, axis=1)
-        return [logits[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
+        joined = np.concatenate(parts, axis=1)
+        return [joined[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
 
     def stream(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.elementary import exp, log
@@ -56,9 +57,11 @@ def sample(logits: Array, seeds: Array, positions: Array, sampling: Sampling) ->
 
 
 def _gumbel(size: int, seeds: Array, positions: Array) -> Array:
+    # The bare hash: how ``jax.random`` counts the elements of an array is a global flag's choice.
+    index = jnp.arange(size, dtype=jnp.uint32)
+
     def one(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.bits(key, (size,), jnp.uint32)
+        return threefry_2x32((seed, position.astype(jnp.uint32)), jnp.concatenate([index, jnp.zeros_like(index)]))[:size]
 
     # 24 random bits in the middle of their interval: never 0, never 1.
     uniform = ((jax.vmap(one)(seeds, positions) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
