@@ -1,6 +1,6 @@
 """SmolLM2-135M on the CPU: invariant numerics against plain ones, in one process, in turn.
 
-    python benchmarks/cpu_model.py [--model smollm2] [--dtypes float32,bfloat16] [--tp 1] [--out benchmarks/rows/cpu_model.jsonl]
+    python benchmarks/cpu_model.py [--dtypes float32,bfloat16] [--tp 1] [--out benchmarks/rows/cpu_model.jsonl]
 
 Work: a prefill of 256 tokens (logits of the last), and decode steps at batch 1, 4 and 16 with 256 tokens of context.
 A row holds the median and the spread of both, and the median of the ratios of neighbouring runs, which the drift of a

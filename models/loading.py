@@ -96,12 +96,13 @@ def _fill(
         buffers[start, stop] = np.zeros(local, dtype)
     for layer, name in enumerate(origin.tensors):
         cache: dict[str, Any] = {}
+        finite = True
         for (start, stop), buffer in buffers.items():
             target = buffer[layer] if origin.stacked else buffer
             for where, block in _blocks(origin, source, name, start, stop, cache):
-                if not np.isfinite(block.astype(np.float32) if block.dtype.kind == "V" else block).all():
-                    problems.add(f"{name} has values that are not finite; the file is damaged, or training diverged")
+                finite &= bool(np.isfinite(block.astype(np.float32) if block.dtype.kind == "V" else block).all())
                 target[where] = block
+        problems.check(finite, f"{name} has values that are not finite; the file is damaged, or training diverged")
         step()
     arrays = [jax.device_put(buffers[ranges[device]], device) for device in held]
     return parameter.replace(jax.make_array_from_single_device_arrays(shape, sharding, arrays))

@@ -98,6 +98,8 @@ class Linear(nnx.Module):
 
     def pack(self, numerics: Numerics, mesh: jax.sharding.Mesh) -> None:
         """Replace the weights by their packed form (one for all projections), shard by shard on the mesh."""
+        if self.packed:
+            return
         stacked = self.weights[self.names[0]].get_metadata()["origin"].stacked
         spec = P(None, TENSOR) if stacked else P(TENSOR)
 

@@ -3,8 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
+# A busy machine must not fail a property.
+settings.register_profile("tbik_jax", deadline=None)
+settings.load_profile("tbik_jax")
 jax.config.update("jax_num_cpu_devices", 16)
+assert jax.device_count() >= 16  # starts JAX: whoever asks for another number later finds it decided
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,10 @@ def test_links_lead_somewhere():
     text = README.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README is not beside the tests")
+def test_tables_are_those_of_the_committed_rows():
+    script = README.parent / "benchmarks" / "readme.py"
+    result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -62,9 +62,23 @@ class Generator:
 
     Guarantee (invariant numerics): the tokens and logits of a prompt depend on the prompt, its seed, the sampling settings
     and the model's contract; not on the mesh, the batch, or which prompts run beside it.
+
+    Raises:
+        ValueError: a mesh without these two axes, or with another number of tensor-parallel ranks than the model's.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, *, pack: bool = True) -> None:
+        with Problems("Generator") as problems:
+            for axis in (DATA, TENSOR):
+                problems.check(
+                    axis in mesh.shape,
+                    f"the mesh has axes {tuple(mesh.shape)}; one must be {axis!r}, of size 1 if need be",
+                )
+            ranks = mesh.shape.get(TENSOR, model.layout.ranks)
+            problems.check(
+                ranks == model.layout.ranks,
+                f"the model was loaded for {model.layout.ranks} tensor-parallel ranks, and the mesh has {ranks}",
+            )
         if pack:
             model.pack(mesh)
         self.config, self.numerics, self.mesh = model.config, model.numerics, mesh
@@ -151,14 +165,15 @@ class Generator:
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Logits ``[len(prompt), V]`` f32 of every position of every prompt, in one full-sequence forward."""
-        self._check("score", prompts, 0)
+        self._check("score", prompts).raise_if_any()
         batch, lengths = self._batch(prompts)
         logits = np.asarray(self._score(self._state, batch))
         return [logits[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
 
     def score_in_chunks(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[np.ndarray]:
         """The same logits, computed ``chunk`` positions at a time through the KV cache; ``chunk=1`` is decoding."""
-        self._check("score_in_chunks", prompts, 0)
+        with self._check("score_in_chunks", prompts) as problems:
+            problems.check(chunk >= 1, f"chunk = {chunk}; it is at least 1")
         batch, lengths = self._batch(prompts)
         size = -(-batch.shape[1] // chunk) * chunk
         batch = np.pad(batch, ((0, 0), (0, size - batch.shape[1])))
@@ -181,23 +196,39 @@ class Generator:
         stop: Sequence[int] | None = None,
         with_logits: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yield ``(tokens [B], logits [B, V] or None)`` step by step, until every prompt has met a stop token."""
-        self._check("generate", prompts, max_new_tokens)
+        """``(tokens [B], logits [B, V] or None)`` step by step, until every prompt has met a stop token.
+
+        Takes what :meth:`generate` takes and raises what it raises, at the call.
+        """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        with Problems("generate") as problems:
+        with self._check("generate", prompts, max_new_tokens) as problems:
             problems.check(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts")
-            problems.check(all(0 <= s < 2**32 for s in seeds), f"seeds {seeds} are not all in 0..2**32-1")
-        prefill, decode = self._compiled(sampling or Sampling())
+            wrong = [seed for seed in seeds if not _is_index(seed, 2**32)]
+            problems.check(not wrong, f"seeds are integers in 0..2**32-1; these are not: {wrong[:5]}")
+        return self._stream(prompts, max_new_tokens, sampling or Sampling(), seeds, list(stop or ()), with_logits)
+
+    def _stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: list[int],
+        stop: list[int],
+        with_logits: bool,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        if max_new_tokens == 0:
+            return
+        prefill, decode = self._compiled(sampling)
         tokens, lengths = self._batch(prompts)
         count = len(tokens)
-        seeds_of = np.array(list(seeds) + [0] * (count - len(prompts)), np.uint32)
+        seeds_of = np.array(seeds + [0] * (count - len(prompts)), np.uint32)
         cache = self.new_cache(count, max(tokens.shape[1], max(lengths) + max_new_tokens))
         ended = np.array([i >= len(prompts) for i in range(count)])
         last, logits, cache = prefill(self._state, tokens, np.array(lengths, np.int32), seeds_of, cache)
         for step in range(max_new_tokens):
             host = np.asarray(last)
             yield host[: len(prompts)], np.asarray(logits)[: len(prompts)] if with_logits else None
-            ended |= np.isin(host, list(stop or ()))
+            ended |= np.isin(host, stop)
             if ended.all() or step + 1 == max_new_tokens:
                 return
             positions = np.array(lengths, np.int32) + step
@@ -231,25 +262,32 @@ class Generator:
             tokens = [int(step[0][i]) for step in steps]
             ends = [at for at, token in enumerate(tokens) if token in set(stop or ())]
             count = ends[0] + 1 if ends else len(tokens)
-            logits = np.stack([step[1][i] for step in steps[:count]]) if with_logits and steps else None  # type: ignore[index]
+            logits = None
+            if with_logits:
+                rows = [step[1][i] for step in steps[:count] if step[1] is not None]
+                logits = np.array(rows, np.float32).reshape(count, self.config.vocab_size)
             results.append(Generation(tuple(prompt), tuple(tokens[:count]), logits))
         return results
 
     # Checks --------------------------------------------------------------------------------------------------------------
 
-    def _check(self, where: str, prompts: Sequence[Sequence[int]], new: int) -> None:
+    def _check(self, where: str, prompts: Sequence[Sequence[int]], new: int = 0) -> Problems:
+        """What is wrong with a request, for the caller to add to and to raise."""
         vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
-        with Problems(where) as problems:
-            problems.check(len(prompts) > 0, "no prompts")
-            problems.check(new >= 0, f"max_new_tokens = {new} is negative")
-            for i, prompt in enumerate(prompts):
-                problems.check(len(prompt) > 0, f"prompt {i} is empty; give at least one token (a BOS token, say)")
-                problems.check(
-                    len(prompt) + new <= context,
-                    f"prompt {i} has {len(prompt)} tokens and {new} more are asked for; the model's context is {context}",
-                )
-                unknown = [t for t in prompt if not 0 <= t < vocabulary]
-                problems.check(not unknown, f"prompt {i} has token ids outside 0..{vocabulary - 1}: {unknown[:5]}")
+        problems = Problems(where)
+        problems.check(len(prompts) > 0, "no prompts")
+        problems.check(new >= 0, f"max_new_tokens = {new} is negative")
+        for i, prompt in enumerate(prompts):
+            problems.check(len(prompt) > 0, f"prompt {i} is empty; give at least one token (a BOS token, say)")
+            problems.check(
+                len(prompt) + new <= context,
+                f"prompt {i} has {len(prompt)} tokens and {new} more are asked for; the model's context is {context}",
+            )
+            unknown = [token for token in prompt if not _is_index(token, vocabulary)]
+            problems.check(
+                not unknown, f"prompt {i}: token ids are integers in 0..{vocabulary - 1}; these are not: {unknown[:5]}"
+            )
+        return problems
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[int]]:
         """Right-padded tokens, rows filled up to the data-parallel size."""
@@ -259,3 +297,8 @@ class Generator:
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)] = prompt
         return tokens, [len(p) for p in prompts] + [1] * (rows - len(prompts))
+
+
+def _is_index(value: Any, size: int) -> bool:
+    """An integer of any kind (a float would be cut without a word), in 0..size-1."""
+    return hasattr(value, "__index__") and 0 <= value < size

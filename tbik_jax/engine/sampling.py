@@ -15,6 +15,8 @@ from tbik_jax.kernels.exact import quotient, tree_sum
 
 Array = jax.Array
 
+_COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,7 +24,7 @@ class Sampling:
 
     ``temperature`` 0 is greedy: the largest logit, the smaller index among equals. Otherwise a token is drawn from
     ``softmax(logits / temperature)``, cut to the ``top_k`` largest (0: all) and then to the smallest set of tokens whose
-    probabilities reach ``top_p``.
+    probabilities reach ``top_p``. Tokens that equal the last one kept are kept, too.
 
     Guarantee: a token depends on its logits, these settings, the request's seed and its position. No request sees another.
     """
@@ -34,9 +36,14 @@ class Sampling:
     def __post_init__(self) -> None:
         with Problems("Sampling") as problems:
             problems.check(
-                0.0 <= self.temperature < float("inf"), f"temperature = {self.temperature} is not a number >= 0"
+                self.temperature == 0.0 or _COLDEST <= self.temperature < float("inf"),
+                f"temperature = {self.temperature} is neither 0 (greedy) nor a number from {_COLDEST} on, below which "
+                "logits would overflow",
             )
-            problems.check(self.top_k >= 0, f"top_k = {self.top_k} is negative; 0 keeps all tokens")
+            problems.check(
+                isinstance(self.top_k, int) and self.top_k >= 0,
+                f"top_k = {self.top_k!r} is not an integer >= 0; 0 keeps all tokens",
+            )
             problems.check(0.0 < self.top_p <= 1.0, f"top_p = {self.top_p} is outside (0, 1]")
 
 
@@ -59,12 +66,13 @@ def sample(logits: Array, seeds: Array, positions: Array, sampling: Sampling) ->
 def _gumbel(size: int, seeds: Array, positions: Array) -> Array:
     # The bare hash: how ``jax.random`` counts the elements of an array is a global flag's choice.
     index = jnp.arange(size, dtype=jnp.uint32)
+    counts = jnp.concatenate([index, jnp.zeros_like(index)])  # the hash takes pairs: a first half, a second half
 
     def one(seed: Array, position: Array) -> Array:
-        return threefry_2x32((seed, position.astype(jnp.uint32)), jnp.concatenate([index, jnp.zeros_like(index)]))[:size]
+        return threefry_2x32((seed, position.astype(jnp.uint32)), counts)[:size]
 
-    # 24 random bits in the middle of their interval: never 0, never 1.
-    uniform = ((jax.vmap(one)(seeds, positions) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+    # 23 random bits and a half are exact in f32: never 0, and never 1, whose noise would be infinite.
+    uniform = ((jax.vmap(one)(seeds, positions) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -log(-log(uniform))
 
 

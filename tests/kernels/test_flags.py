@@ -16,9 +16,7 @@ print("computed")
 
 def run(flags: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_default_flags_are_fine():
