@@ -1,7 +1,7 @@
 """Write the README's tables from committed rows, so that every number in it was measured.
 
-    python benchmarks/readme.py            # rewrite README.md
-    python benchmarks/readme.py --check    # fail if it is not what the rows say
+python benchmarks/readme.py            # rewrite README.md
+python benchmarks/readme.py --check    # fail if it is not what the rows say
 """
 
 from __future__ import annotations

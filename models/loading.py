@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 from tbik_jax._problems import Problems
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.layout import Layout
+from tbik_jax.models.linear import TENSOR, Origin
 from tbik_jax.models.source import TensorSource, validate
-from tbik_jax.models.transformer import TENSOR, Origin, Transformer
+from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
 
 #: Called with (tensors read, tensors in all) while a model loads.

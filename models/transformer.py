@@ -1,19 +1,15 @@
 """The Llama family in Flax NNX: Llama 3, SmolLM2, Mistral, Qwen3.
 
 The modules run inside ``jax.shard_map``: parameters are this rank's, activations are whole. Layers are stacked in one
-module and scanned, so that compile time does not grow with depth. Every parameter says where it comes from
-(:class:`Origin`) and how it lies on the mesh (``spec``), which is all that loading, saving and resharding need.
+module and scanned, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -22,116 +18,11 @@ from jax.typing import DTypeLike
 from tbik_jax import dense
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.layout import Layout
+from tbik_jax.models.linear import DATA, TENSOR, Linear, Origin, parameter
 from tbik_jax.models.rope import rope_tables
 from tbik_jax.numerics import Numerics
 
 Array = jax.Array
-
-#: Mesh axes: tensor parallelism splits weights, data parallelism the batch.
-TENSOR, DATA = "tp", "dp"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which stored tensors a parameter is made of.
-
-    ``tensors`` are Hugging Face names, one per layer, stacked in the first dimension (``stacked``). ``cut`` says how each is
-    cut in blocks of ``width``: its rows ``[slots, width, ...]``, its columns ``[slots, rows, width]``, or not at all.
-    ``slots`` names the block in every slot of the mesh, rank by rank; negative is idle and holds zeros.
-    """
-
-    tensors: tuple[str, ...]
-    cut: Literal["whole", "rows", "columns"] = "whole"
-    slots: tuple[int, ...] = ()
-    width: int = 0
-    stacked: bool = False
-
-
-def _parameter(origin: Origin, shape: Sequence[int], dtype: DTypeLike) -> nnx.Param[Array]:
-    """Zeros, to be filled by a loader. ``shape`` is of one tensor as stored."""
-    if origin.cut == "rows":
-        shape = (len(origin.slots), origin.width, *shape[1:])
-    elif origin.cut == "columns":
-        shape = (len(origin.slots), shape[0], origin.width)
-    lead = (len(origin.tensors),) if origin.stacked else ()
-    split = () if origin.cut == "whole" else (TENSOR,)
-    spec = P(*[None] * len(lead), *split)
-    return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
-
-
-class Packed(nnx.Variable[Array]):
-    """A weight in the layout of the numerics that packed it; derived, never stored."""
-
-
-class Linear(nnx.Module):
-    """Projections of one input, by leaf; several (q, k, v; gate, up) are one product once packed."""
-
-    def __init__(
-        self,
-        kind: Literal["column", "row"],
-        origins: Mapping[str, tuple[Origin, tuple[int, int]]],
-        *,
-        bias: bool,
-        leaves: int,
-        dtype: DTypeLike,
-        shared: nnx.Param[Array] | None = None,
-    ) -> None:
-        self.kind, self.leaves = kind, leaves
-        self.names = tuple(origins)  # the order of the results; a Dict of modules forgets it
-        self.treedef: Any = None
-        self.packed: nnx.List[Packed] = nnx.List([])
-        self.weights = nnx.Dict(
-            {name: shared or _parameter(origin, shape, dtype) for name, (origin, shape) in origins.items()}
-        )
-        self.sizes = tuple(self._local_size(origin) for origin, _ in origins.values())
-        self.biases: nnx.Dict[nnx.Param[Array]] = nnx.Dict({})
-        if bias:
-            for name, (origin, shape) in origins.items():
-                names = tuple(tensor.replace(".weight", ".bias") for tensor in origin.tensors)
-                cut = Origin(names, origin.cut, origin.slots, origin.width, origin.stacked)
-                whole = Origin(names, stacked=origin.stacked)
-                self.biases[name] = _parameter(cut if kind == "column" else whole, shape[:1], dtype)
-
-    @staticmethod
-    def _local_size(origin: Origin) -> int:
-        return len(origin.slots) * origin.width
-
-    def pack(self, numerics: Numerics, mesh: jax.sharding.Mesh) -> None:
-        """Replace the weights by their packed form (one for all projections), shard by shard on the mesh."""
-        if self.packed:
-            return
-        stacked = self.weights[self.names[0]].get_metadata()["origin"].stacked
-        spec = P(None, TENSOR) if stacked else P(TENSOR)
-
-        def local(*weights: Array) -> Any:
-            flat = [w.reshape(-1, w.shape[-1])[None] for w in weights] if self.kind == "column" else list(weights)
-            return numerics.pack(self.kind, jnp.concatenate(flat, axis=1 if self.kind == "column" else 0))
-
-        run = jax.vmap(local) if stacked else local
-        packed = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(
-            *(self.weights[name][...] for name in self.names)
-        )
-        leaves, self.treedef = jax.tree.flatten(packed)
-        self.packed = nnx.List([Packed(leaf, spec=spec) for leaf in leaves])
-        self.weights = nnx.Dict({})
-
-    def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike | None = None) -> tuple[Array, ...]:
-        biases = [self.biases[name][...] for name in self.names if name in self.biases]
-        if self.kind == "row":
-            w = self._packed() if self.packed else self.weights[self.names[0]][...]
-            return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self.leaves),)
-        if not self.packed:
-            return tuple(
-                numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
-                for i, name in enumerate(self.names)
-            )
-        bias = jnp.concatenate([b.reshape(-1) for b in biases]) if biases else None
-        y = numerics.column(x, self._packed(), bias, TENSOR, dtype)
-        sizes = [size // lax.axis_size(TENSOR) for size in self.sizes]
-        return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
-
-    def _packed(self) -> Any:
-        return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.packed])
 
 
 class KVCache(NamedTuple):
@@ -157,48 +48,38 @@ class Block(nnx.Module):
             return tuple(f"model.layers.{i}.{part}.weight" for i in layers)
 
         def norm(part: str, size: int) -> nnx.Param[Array]:
-            return _parameter(Origin(names(part), stacked=True), (size,), dtype)
+            return parameter(Origin(names(part), stacked=True), (size,), dtype)
 
         def linear(
-            kind: Literal["column", "row"], parts: dict[str, tuple[Any, int, int]], bias: bool, leaves: int
+            kind: Literal["column", "row"], slots: tuple[int, ...], leaves: int, bias: bool, **widths: int
         ) -> Linear:
-            cut: Literal["rows", "columns"] = "rows" if kind == "column" else "columns"
+            """Projections by Hugging Face name; ``k_proj`` and ``v_proj`` lie by KV head, all others by leaf."""
+            group = "mlp" if slots is mlp_slots else "self_attn"
             origins = {
-                part.rsplit(".", 1)[-1]: (
-                    Origin(names(part), cut, slots, width, stacked=True),
-                    (0, hidden) if kind == "column" else (hidden, 0),
+                name: Origin(
+                    names(f"{group}.{name}"),
+                    "rows" if kind == "column" else "columns",
+                    layout.kv_slots if name in ("k_proj", "v_proj") else slots,
+                    width,
+                    stacked=True,
                 )
-                for part, (slots, width, _) in parts.items()
+                for name, width in widths.items()
             }
-            return Linear(kind, origins, bias=bias, leaves=leaves, dtype=dtype)
+            return Linear(kind, origins, other=hidden, leaves=leaves, bias=bias, dtype=dtype)
 
         head_slots, mlp_slots = layout.slots_of(layout.heads), layout.slots_of(layout.mlp)
         head_width, mlp_width = layout.heads_per_leaf * dim, config.intermediate_size // layout.mlp_leaves
         self.config, self.layout = config, layout
         self.attention_norm = norm("input_layernorm", hidden)
-        self.qkv = linear(
-            "column",
-            {
-                "self_attn.q_proj": (head_slots, head_width, 0),
-                "self_attn.k_proj": (layout.kv_slots, dim, 0),
-                "self_attn.v_proj": (layout.kv_slots, dim, 0),
-            },
-            config.attention_bias,
-            layout.head_leaves,
-        )
+        bias = config.attention_bias
+        self.qkv = linear("column", head_slots, layout.head_leaves, bias, q_proj=head_width, k_proj=dim, v_proj=dim)
         if config.qk_norm:
             self.q_norm, self.k_norm = norm("self_attn.q_norm", dim), norm("self_attn.k_norm", dim)
-        self.out = linear(
-            "row", {"self_attn.o_proj": (head_slots, head_width, 0)}, config.attention_bias, layout.head_leaves
-        )
+        self.out = linear("row", head_slots, layout.head_leaves, bias, o_proj=head_width)
         self.mlp_norm = norm("post_attention_layernorm", hidden)
-        self.gate_up = linear(
-            "column",
-            {"mlp.gate_proj": (mlp_slots, mlp_width, 0), "mlp.up_proj": (mlp_slots, mlp_width, 0)},
-            config.mlp_bias,
-            layout.mlp_leaves,
-        )
-        self.down = linear("row", {"mlp.down_proj": (mlp_slots, mlp_width, 0)}, config.mlp_bias, layout.mlp_leaves)
+        bias = config.mlp_bias
+        self.gate_up = linear("column", mlp_slots, layout.mlp_leaves, bias, gate_proj=mlp_width, up_proj=mlp_width)
+        self.down = linear("row", mlp_slots, layout.mlp_leaves, bias, down_proj=mlp_width)
 
     def __call__(
         self,
@@ -275,18 +156,19 @@ class Transformer(nnx.Module):
         layout = Layout(config, numerics.contract, ranks)
         self.config, self.numerics, self.layout, self.dtype = config, numerics, layout, jnp.dtype(dtype).name
         width = -(-config.vocab_size // layout.vocab_leaves)
-        slots, shape = layout.slots_of(layout.vocab), (config.vocab_size, config.hidden_size)
+        slots = layout.slots_of(layout.vocab)
         rows = Origin(("model.embed_tokens.weight",), "rows", slots, width)
-        self.embedding = _parameter(rows, shape, dtype)
+        self.embedding = parameter(rows, (config.hidden_size,), dtype)
         self.blocks = Block(config, layout, dtype)
-        self.final_norm = _parameter(Origin(("model.norm.weight",)), (config.hidden_size,), dtype)
+        self.final_norm = parameter(Origin(("model.norm.weight",)), (config.hidden_size,), dtype)
         tied = config.tie_word_embeddings
         origin = rows if tied else Origin(("lm_head.weight",), "rows", slots, width)
         self.head = Linear(
             "column",
-            {"lm_head": (origin, shape)},
-            bias=False,
+            {"lm_head": origin},
+            other=config.hidden_size,
             leaves=layout.vocab_leaves,
+            bias=False,
             dtype=dtype,
             shared=self.embedding if tied else None,
         )

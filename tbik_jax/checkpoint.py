@@ -33,9 +33,10 @@ from tbik_jax._problems import Problems
 from tbik_jax.contract import Contract
 from tbik_jax.kernels.exact import cast
 from tbik_jax.models.config import ModelConfig
+from tbik_jax.models.linear import TENSOR, Origin, Packed
 from tbik_jax.models.loading import abstract, check_mesh
 from tbik_jax.models.source import expected_tensors
-from tbik_jax.models.transformer import TENSOR, Origin, Packed, Transformer
+from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
 from tbik_jax.testing import digest
 

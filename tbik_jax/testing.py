@@ -38,7 +38,7 @@ def assert_bitwise_equal(got: Any, want: Any, what: str = "arrays") -> None:
     place, and the share of elements that differ.
     """
     got_tree, want_tree = jax.tree.structure(got), jax.tree.structure(want)
-    if got_tree != want_tree:
+    if not got_tree == want_tree:  # noqa: SIM201 (jaxlib types no !=)
         raise AssertionError(f"{what}: other structure, {got_tree} against {want_tree}")
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a), np.asarray(b)

@@ -19,7 +19,7 @@ from tbik_jax.engine.generate import Generator, make_mesh
 from tbik_jax.models.loading import load
 from tbik_jax.models.random import TINY, RandomSource
 from tbik_jax.models.source import expected_tensors
-from tbik_jax.models.transformer import Packed
+from tbik_jax.models.linear import Packed
 from tbik_jax.numerics import Numerics
 from tbik_jax.testing import assert_bitwise_equal, bits, digest
 

@@ -30,7 +30,7 @@ def column_parallel(
     axis_name: str | None,
     contract: Contract,
     leaves: int | None = None,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array:
     """A product whose output columns are split over the axis: no exchange forward, a tree over columns backward.
 
@@ -78,7 +78,7 @@ def row_parallel(
     axis_name: str | None,
     contract: Contract,
     leaves: int | None = None,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     scatter_dimension: int | None = None,
     algorithm: Algorithm = "auto",
 ) -> Array:
@@ -142,7 +142,7 @@ def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves
         rhs: Array,
         dimension_numbers: tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]],
         precision: Any = None,
-        preferred_element_type: DTypeLike = None,
+        preferred_element_type: DTypeLike | None = None,
         **unsupported: Any,
     ) -> Array:
         (lhs_contract, rhs_contract), batch = dimension_numbers
@@ -251,9 +251,7 @@ def _column_fwd(axis_name: str | None, tree: Tree | None, x: Array, w: Array) ->
     return _column(axis_name, tree, x, w), (x, w)
 
 
-def _column_bwd(
-    axis_name: str | None, tree: Tree | None, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+def _column_bwd(axis_name: str | None, tree: Tree | None, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     slots, n, k = w.shape
     if tree is None:

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from tbik_jax._problems import Problems
 from tbik_jax.engine.sampling import Sampling, sample
-from tbik_jax.models.transformer import DATA, TENSOR, KVCache, Transformer
+from tbik_jax.models.linear import DATA, TENSOR
+from tbik_jax.models.transformer import KVCache, Transformer
 
 Array = jax.Array
 

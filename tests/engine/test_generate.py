@@ -146,7 +146,7 @@ def test_one_model_serves_two_generators():
 
 
 def test_all_that_is_wrong_with_a_request_is_listed(run):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="generate: 5 problems") as error:
         run.generate([[], [1, 259, -1, 2.0], [0] * 36], 2, seeds=[0, 2**32, -1, 0.5])
     assert str(error.value) == (
         "generate: 5 problems\n"
@@ -161,7 +161,7 @@ def test_all_that_is_wrong_with_a_request_is_listed(run):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda run: run.generate([], 1), "generate: 1 problem\n  - no prompts"),
+        (lambda run: run.generate([], 1), "generate: 1 problem\n  - no prompts$"),
         (lambda run: run.generate([[1]], -1), "max_new_tokens = -1 is negative"),
         (lambda run: run.stream([[]], 1), "prompt 0 is empty"),
         (lambda run: run.score([[0] * 38]), "score: 1 problem\n  - prompt 0 has 38 tokens and 0 more are asked for"),
@@ -170,17 +170,19 @@ def test_all_that_is_wrong_with_a_request_is_listed(run):
     ],
 )
 def test_refused_at_the_call(run, call, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         call(run)
-    assert message in str(error.value)
 
 
 def test_mesh_sizes():
     assert make_mesh(tp=3, dp=2).shape == {"dp": 2, "tp": 3}
     with pytest.raises(ValueError, match="tp = 0, dp = 1; both are at least 1"):
         make_mesh(tp=0)
-    with pytest.raises(ValueError, match=r"dp 3 x tp 6 wants 18 devices, and there are 16 \(cpu\)"):
-        make_mesh(tp=6, dp=3)
+    count = jax.device_count()
+    with pytest.raises(
+        ValueError, match=rf"dp 2 x tp {count} wants {2 * count} devices, and there are {count} \(cpu\)"
+    ):
+        make_mesh(tp=count, dp=2)
 
 
 def test_a_generator_wants_the_mesh_of_its_model():

@@ -222,12 +222,14 @@ def test_the_lowest_temperature_is_all_but_greedy(rng):
 
 @pytest.mark.parametrize("temperature", [-0.5, float("nan"), float("inf"), 1e-7, 1e-40])
 def test_temperature(temperature):
-    with pytest.raises(ValueError, match=f"temperature = {temperature} is neither 0 .greedy. nor a number from 1e-06 on"):
+    with pytest.raises(
+        ValueError, match=f"temperature = {temperature} is neither 0 .greedy. nor a number from 1e-06 on"
+    ):
         Sampling(temperature)
 
 
 def test_all_that_is_wrong_is_listed():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="Sampling: 3 problems") as error:
         Sampling(-1.0, top_k=-2, top_p=0.0)
     assert str(error.value) == (
         "Sampling: 3 problems\n"

@@ -94,6 +94,10 @@ def arguments(rng: np.random.Generator, op: Op, width: int, dtype: str) -> list[
     return [value.astype(dtype) for value in values]
 
 
+def shape_of(op: Op, values: list[np.ndarray]) -> tuple[int, ...]:
+    return jax.eval_shape(op.run, *values).shape
+
+
 def rows_of(op: Op, values: list[np.ndarray], rows: slice) -> list[np.ndarray]:
     return [value[rows] if i < op.per_row else value for i, value in enumerate(values)]
 
@@ -117,7 +121,7 @@ def with_gradients(op: Op) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ..
 def test_rows_do_not_see_each_other(rng, op, dtype, width):
     values = arguments(rng, op, width, dtype)
     run = jax.jit(with_gradients(op))
-    dy = rng.standard_normal(np.shape(op.run(*values))).astype(dtype)
+    dy = rng.standard_normal(shape_of(op, values)).astype(dtype)
     y, gradients = run(dy, *values)
     for rows in (slice(0, 1), slice(66, 67), slice(3, 12), slice(2, 34), slice(0, 64)):
         part, part_gradients = run(dy[rows], *rows_of(op, values, rows))
@@ -128,11 +132,10 @@ def test_rows_do_not_see_each_other(rng, op, dtype, width):
 
 @pytest.mark.invariance
 @every_op
-@every_dtype
-@pytest.mark.parametrize("width", [1, 8, 33])
+@pytest.mark.parametrize("dtype, width", [("float32", 1), ("float32", 9), ("bfloat16", 9)])
 def test_jit_is_one_operation_at_a_time(rng, op, dtype, width):
     values = arguments(rng, op, width, dtype)
-    dy = rng.standard_normal(np.shape(op.run(*values))).astype(dtype)
+    dy = rng.standard_normal(shape_of(op, values)).astype(dtype)
     assert_bitwise_equal(jax.jit(with_gradients(op))(dy, *values), with_gradients(op)(dy, *values))
 
 
@@ -142,7 +145,7 @@ def test_jit_is_one_operation_at_a_time(rng, op, dtype, width):
 def test_a_larger_program_fuses_nothing_into_it(rng, op, width):
     """Scaled before, added to a residual behind, as layers do; the cotangent comes out of a product as well."""
     values = arguments(rng, op, width, "float32")
-    shape = np.shape(op.run(*values))
+    shape = shape_of(op, values)
     rest, dy, c = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     factor = rng.uniform(0.5, 2, values[0].shape).astype(np.float32)
 
@@ -153,7 +156,7 @@ def test_a_larger_program_fuses_nothing_into_it(rng, op, width):
         return y + rest, dx + factor
 
     scaled = [values[0] * factor, *values[1:]]
-    y, gradients = with_gradients(op)(dy * c, *scaled)
+    y, gradients = jax.jit(with_gradients(op))(dy * c, *scaled)
     want = np.asarray(y) + rest, np.asarray(gradients[0]) + factor
     assert_bitwise_equal(layer(factor, rest, dy, c, *values), want)
 
@@ -165,7 +168,7 @@ def test_twin_plain_operations_depend_on_what_surrounds_them(rng, op):
     differs = []
     for width in (33, 64):
         values = arguments(rng, op, width, "float32")
-        rest = rng.standard_normal(np.shape(op.run(*values))).astype(np.float32)
+        rest = rng.standard_normal(shape_of(op, values)).astype(np.float32)
         run = jax.jit(lambda rest, *values: op.plain(*values) + rest)
         whole = np.asarray(run(rest, *values))
         apart = np.asarray(op.plain(*values)) + rest
@@ -197,7 +200,7 @@ def test_the_gradient_of_a_norms_scale_is_a_fixed_tree_over_rows(rng):
 def test_accuracy(rng, op, dtype):
     """Values and gradients against float64: a few units of float32, then one rounding to the dtype."""
     values = arguments(rng, op, 160, dtype)
-    dy = rng.standard_normal(np.shape(op.run(*values))).astype(dtype)
+    dy = rng.standard_normal(shape_of(op, values)).astype(dtype)
     y, gradients = jax.jit(with_gradients(op))(dy, *values)
     wide = [value.astype(np.float64) for value in values]
     want = (op.exact(*wide), *op.exact_gradients(*wide, dy.astype(np.float64)))

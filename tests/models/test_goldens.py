@@ -57,7 +57,7 @@ def test_logits(name, numerics, ranks):
 
 
 @every_fixture
-@pytest.mark.parametrize("numerics, ranks", [(INVARIANT, 1), (INVARIANT, 3), (PLAIN, 3)], ids=kind)
+@pytest.mark.parametrize("numerics, ranks", [(INVARIANT, 1), (PLAIN, 3)], ids=kind)
 def test_greedy_tokens(name, numerics, ranks):
     wanted = golden(name)["greedy"].tolist()
     prompt = golden(name)["input_ids"][0, :8].tolist()

@@ -21,6 +21,7 @@ from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
 from tbik_jax.testing import assert_bitwise_equal, digest
 from tests.generators import SMALL, generator, prompts, smollm2
+from tests.models.checkpoints import forward
 
 pytestmark = pytest.mark.invariance
 
@@ -33,10 +34,11 @@ EIGHT_HEADS = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=4)
 # Exchanges and dtypes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", [name for name in get_args(Algorithm) if name != "auto"])
 def test_every_collective(algorithm):
+    want = generator(EIGHT_HEADS, 1, numerics=INVARIANT, pack=False).score(PROMPTS)
     run = generator(EIGHT_HEADS, 4, numerics=Numerics.invariant(algorithm=algorithm), pack=False)
-    assert_bitwise_equal(run.score(PROMPTS), generator(EIGHT_HEADS, pack=False).score(PROMPTS), algorithm)
+    assert_bitwise_equal(run.score(PROMPTS), want, algorithm)
 
 
 def test_a_collective_that_the_mesh_cannot_run_is_refused():
@@ -60,7 +62,7 @@ def test_every_tree_has_bits_of_its_own():
     found = {}
     for tree in ((2,), (8,), (4, 2)):
         numerics = Numerics.invariant(Contract(tree=tree))
-        want = generator(EIGHT_HEADS, numerics=numerics, pack=False).score(PROMPTS)
+        want = generator(EIGHT_HEADS, 1, numerics=numerics, pack=False).score(PROMPTS)
         for tp in (3, 8):
             run = generator(EIGHT_HEADS, tp, numerics=numerics, pack=False)
             assert_bitwise_equal(run.score(PROMPTS), want, f"tree {tree} on {tp} ranks")
@@ -80,13 +82,13 @@ QWEN3 = dataclasses.replace(
     tie_word_embeddings=False,
     vocab_size=263,
 )
-BIASED = dataclasses.replace(EIGHT_HEADS, attention_bias=True, mlp_bias=True)
+BIASED = dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True)
 
 
 def test_qwen3_on_up_to_sixteen_ranks_with_an_untied_head_and_a_ragged_vocabulary():
     numerics = Numerics.invariant(Contract(leaves=16))
     want = generator(QWEN3, numerics=numerics).score(PROMPTS)
-    for tp in (5, 11, 16):
+    for tp in (5, 16):
         run = generator(QWEN3, tp, numerics=numerics, pack=False)
         assert_bitwise_equal(run.score(PROMPTS), want, f"logits on {tp} ranks")
     assert_bitwise_equal(run.score_in_chunks(PROMPTS, 7), want, "logits by chunks of 7 on 16 ranks")
@@ -94,9 +96,11 @@ def test_qwen3_on_up_to_sixteen_ranks_with_an_untied_head_and_a_ragged_vocabular
 
 def test_biases():
     want = generator(BIASED).score(PROMPTS)
-    assert digest(*want) != digest(*generator(EIGHT_HEADS, pack=False).score(PROMPTS))
-    for tp in (3, 8):
-        assert_bitwise_equal(generator(BIASED, tp, pack=tp == 3).score(PROMPTS), want, f"logits on {tp} ranks")
+    for logits, prompt in zip(want, PROMPTS, strict=True):
+        # No golden has biases; the oracle is float64, and 1e-5 some hundred units in the last place of a logit near 1.
+        exact = forward(RandomSource(BIASED), BIASED, np.array([prompt]))[0]
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-5)
+    assert_bitwise_equal(generator(BIASED, 8).score(PROMPTS), want, "logits on 8 ranks")
 
 
 def test_smollm2():
@@ -142,14 +146,16 @@ KV_HEADS = {f"self_attn.{part}_proj.{kind}" for part in "kv" for kind in ("weigh
 MLP = {f"mlp.{part}" for part in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias")}
 
 
-@pytest.mark.parametrize("tp, pack, hit", [(3, False, HEADS | KV_HEADS), (3, True, HEADS | KV_HEADS), (5, False, KV_HEADS)])
+@pytest.mark.parametrize(
+    "tp, pack, hit", [(3, False, HEADS | KV_HEADS), (3, True, HEADS | KV_HEADS), (5, False, KV_HEADS)]
+)
 def test_nothing_reads_an_idle_slot(tp, pack, hit):
-    config = dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True)
     mesh = make_mesh(tp)
-    model, poisoned = poison_idle_slots(load(config, RandomSource(config), INVARIANT, mesh))
+    model, poisoned = poison_idle_slots(load(BIASED, RandomSource(BIASED), INVARIANT, mesh))
     assert poisoned == hit | MLP | {"mlp.down_proj.weight", "model.embed_tokens.weight"}
     run = Generator(model, mesh, pack=pack)
-    want = generator(config).score(PROMPTS)
+    want = generator(BIASED).score(PROMPTS)
     assert np.isfinite(np.concatenate(want)).all()
-    assert_bitwise_equal(run.score(PROMPTS), want, "logits with NaN in idle slots")
-    assert_bitwise_equal(run.score_in_chunks(PROMPTS, 7), want, "the same by chunks of 7")
+    # Through the cache, too: it then holds NaN in its own idle slots.
+    found = run.score_in_chunks(PROMPTS, 7) if tp == 3 else run.score(PROMPTS)
+    assert_bitwise_equal(found, want, "logits with NaN in idle slots")

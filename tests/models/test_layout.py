@@ -151,7 +151,7 @@ def test_the_largest_mesh(shape):
 
 
 def test_a_mesh_larger_than_one_dimension():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="Layout: 1 problem") as error:
         Layout(config_of(6, 2), Contract(), 7)
     assert str(error.value) == (
         "Layout: 1 problem\n"
@@ -162,10 +162,12 @@ def test_a_mesh_larger_than_one_dimension():
 
 @pytest.mark.parametrize("ranks", [0, 9])
 def test_every_dimension_that_a_mesh_does_not_fit_is_listed(ranks):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="Layout: 3 problems") as error:
         Layout(config_of(4, 2, ffn=6, vocabulary=5), Contract(), ranks)
     head, *lines = str(error.value).splitlines()
     assert head == "Layout: 3 problems"
     for line, dimension in zip(lines, ("4 query heads", "6 feed-forward columns", "5 vocabulary entries"), strict=True):
         count = dimension.split()[0]
-        assert line.startswith(f"  - {ranks} tensor-parallel ranks, but the {dimension} have {count} leaves: use at most")
+        assert line.startswith(
+            f"  - {ranks} tensor-parallel ranks, but the {dimension} have {count} leaves: use at most"
+        )

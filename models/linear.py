@@ -1,0 +1,136 @@
+"""Parameters that know where they come from and how they lie on the mesh, and the projections made of them.
+
+:class:`Origin` and the ``spec`` of every parameter are all that loading, saving and resharding need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from tbik_jax.numerics import Numerics
+
+Array = jax.Array
+
+#: Mesh axes: tensor parallelism splits weights, data parallelism the batch.
+TENSOR, DATA = "tp", "dp"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which stored tensors a parameter is made of.
+
+    ``tensors`` are Hugging Face names, one per layer, stacked in the first dimension (``stacked``). ``cut`` says how each is
+    cut in blocks of ``width``: its rows ``[slots, width, ...]``, its columns ``[slots, rows, width]``, or not at all.
+    ``slots`` names the block in every slot of the mesh, rank by rank; negative is idle and holds zeros.
+    """
+
+    tensors: tuple[str, ...]
+    cut: Literal["whole", "rows", "columns"] = "whole"
+    slots: tuple[int, ...] = ()
+    width: int = 0
+    stacked: bool = False
+
+
+def parameter(origin: Origin, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param[Array]:
+    """Zeros, to be filled by a loader. ``shape`` is that of one tensor without the dimension that is cut."""
+    if origin.cut == "rows":
+        shape = (len(origin.slots), origin.width, *shape)
+    elif origin.cut == "columns":
+        shape = (len(origin.slots), *shape, origin.width)
+    lead = (len(origin.tensors),) if origin.stacked else ()
+    split = () if origin.cut == "whole" else (TENSOR,)
+    spec = P(*[None] * len(lead), *split)
+    return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
+
+
+class Packed(nnx.Variable[Array]):
+    """A weight in the layout of the numerics that packed it; derived, never stored."""
+
+
+class Linear(nnx.Module):
+    """Projections of one input, by leaf; several (q, k, v; gate, up) are one product once packed.
+
+    Args:
+        kind: ``"column"`` splits the outputs over the mesh, ``"row"`` the inputs.
+        origins: The projections in the order of the results; a row-parallel layer has one.
+        other: Size of the dimension that is not split.
+        leaves: Leaves of the dimension that is.
+        bias: Whether every projection has one.
+        dtype: Of the parameters.
+        shared: A parameter to use instead of one of its own (tied embeddings).
+    """
+
+    def __init__(
+        self,
+        kind: Literal["column", "row"],
+        origins: Mapping[str, Origin],
+        *,
+        other: int,
+        leaves: int,
+        bias: bool,
+        dtype: DTypeLike,
+        shared: nnx.Param[Array] | None = None,
+    ) -> None:
+        self.kind, self.leaves = kind, leaves
+        self.names = tuple(origins)  # the order of the results; a Dict of modules forgets it
+        self.treedef: Any = None
+        self.packed: nnx.List[Packed] = nnx.List([])
+        self.weights = nnx.Dict(
+            {name: shared or parameter(origin, (other,), dtype) for name, origin in origins.items()}
+        )
+        self.sizes = tuple(len(origin.slots) * origin.width for origin in origins.values())
+        self.biases: nnx.Dict[nnx.Param[Array]] = nnx.Dict({})
+        if bias:
+            for name, origin in origins.items():
+                names = tuple(tensor.replace(".weight", ".bias") for tensor in origin.tensors)
+                if kind == "column":
+                    self.biases[name] = parameter(replace(origin, tensors=names), (), dtype)
+                else:
+                    self.biases[name] = parameter(Origin(names, stacked=origin.stacked), (other,), dtype)
+
+    def pack(self, numerics: Numerics, mesh: jax.sharding.Mesh) -> None:
+        """Replace the weights by their packed form (one for all projections), shard by shard on the mesh."""
+        if self.packed:
+            return
+        stacked = self.weights[self.names[0]].get_metadata()["origin"].stacked
+        spec = P(None, TENSOR) if stacked else P(TENSOR)
+
+        def local(*weights: Array) -> Any:
+            flat = [w.reshape(-1, w.shape[-1])[None] for w in weights] if self.kind == "column" else list(weights)
+            return numerics.pack(self.kind, jnp.concatenate(flat, axis=1 if self.kind == "column" else 0))
+
+        run = jax.vmap(local) if stacked else local
+        packed = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(
+            *(self.weights[name][...] for name in self.names)
+        )
+        leaves, self.treedef = jax.tree.flatten(packed)
+        self.packed = nnx.List([Packed(leaf, spec=spec) for leaf in leaves])
+        self.weights = nnx.Dict({})
+
+    def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike | None = None) -> tuple[Array, ...]:
+        biases = [self.biases[name][...] for name in self.names if name in self.biases]
+        if self.kind == "row":
+            w = self._packed() if self.packed else self.weights[self.names[0]][...]
+            return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self.leaves),)
+        if not self.packed:
+            return tuple(
+                numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
+                for i, name in enumerate(self.names)
+            )
+        bias = jnp.concatenate([b.reshape(-1) for b in biases]) if biases else None
+        y = numerics.column(x, self._packed(), bias, TENSOR, dtype)
+        sizes = [size // lax.axis_size(TENSOR) for size in self.sizes]
+        return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
+
+    def _packed(self) -> Any:
+        return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.packed])
