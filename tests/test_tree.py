@@ -216,6 +216,7 @@ def test_width_slots_and_uniformity_say_what_they_count(plan):
 @example(schedule(Tree(8, (4, 2)), 2))
 @example(schedule(Tree(8, (4, 2)), 4))
 @example(schedule(Tree(24, (3, 2)), 8))
+@example(schedule(Tree(8, (2, 4)), 4))
 @example(schedule(Tree(6), 2))
 @settings(max_examples=200)
 def test_a_butterfly_is_the_tree_up_to_the_order_of_two_operands(plan):
