@@ -206,7 +206,9 @@ class Generator:
             problems.check(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts")
             wrong = [seed for seed in seeds if not _is_index(seed, 2**32)]
             problems.check(not wrong, f"seeds are integers in 0..2**32-1; these are not: {wrong[:5]}")
-        return self._stream(prompts, max_new_tokens, sampling or Sampling(), seeds, list(stop or ()), with_logits)
+        return self._stream(
+            prompts, max_new_tokens, sampling or Sampling(), seeds, list(() if stop is None else stop), with_logits
+        )
 
     def _stream(
         self,
@@ -261,7 +263,7 @@ class Generator:
         results = []
         for i, prompt in enumerate(prompts):
             tokens = [int(step[0][i]) for step in steps]
-            ends = [at for at, token in enumerate(tokens) if token in set(stop or ())]
+            ends = [at for at, token in enumerate(tokens) if token in set(() if stop is None else stop)]
             count = ends[0] + 1 if ends else len(tokens)
             logits = None
             if with_logits:
