@@ -41,14 +41,17 @@ class Contract:
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tree", tuple(self.tree))
+        if isinstance(self.tree, list):
+            object.__setattr__(self, "tree", tuple(self.tree))
         with Problems("Contract") as problems:
             problems.check(
                 isinstance(self.leaves, int) and 1 <= self.leaves <= MAX_LEAVES,
                 f"leaves = {self.leaves!r} is not an integer in 1..{MAX_LEAVES}",
             )
             problems.check(
-                len(self.tree) > 0 and all(isinstance(a, int) and a >= 2 for a in self.tree),
+                isinstance(self.tree, tuple)
+                and len(self.tree) > 0
+                and all(isinstance(a, int) and a >= 2 for a in self.tree),
                 f"tree = {self.tree!r} is not a tuple of arities >= 2; (2,) is the balanced tree, (8,) a chain of eight",
             )
             problems.check(
