@@ -16,10 +16,10 @@ from flax import nnx
 from tbik_jax import checkpoint
 from tbik_jax.contract import Contract, ContractMismatchError
 from tbik_jax.engine.generate import Generator, make_mesh
+from tbik_jax.models.linear import Packed
 from tbik_jax.models.loading import load
 from tbik_jax.models.random import TINY, RandomSource
 from tbik_jax.models.source import expected_tensors
-from tbik_jax.models.linear import Packed
 from tbik_jax.numerics import Numerics
 from tbik_jax.testing import assert_bitwise_equal, bits, digest
 

@@ -52,7 +52,18 @@ def test_verify_fails_where_the_invariant_side_differs(monkeypatch, capsys):
 
 
 def test_generate_streams_the_same_text_on_another_mesh(monkeypatch, capsys):
-    arguments = ["generate", "Hello", "--model", "tiny", "--max-new-tokens", "12", "--temperature", "0.9", "--seed", "3"]
+    arguments = [
+        "generate",
+        "Hello",
+        "--model",
+        "tiny",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0.9",
+        "--seed",
+        "3",
+    ]
     status, one, _ = run(monkeypatch, capsys, *arguments)
     assert status == 0
     assert one.startswith("Hello")
@@ -77,16 +88,28 @@ def test_info_names_versions_and_what_is_supported(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, messages",
     [
-        (["generate", "x", "--model", "no/such/model"], ["'no/such/model' is not a model", "Nothing is ever downloaded"]),
+        (
+            ["generate", "x", "--model", "no/such/model"],
+            ["'no/such/model' is not a model", "Nothing is ever downloaded"],
+        ),
         (["generate", "x", "--model", "tiny", "--mesh", "17"], ["wants 17 devices, and there are 16"]),
-        (["generate", "x", "--model", "tiny", "--mesh", "11"], ["11 tensor-parallel ranks", "use at most 10", "at most 8"]),
+        (
+            ["generate", "x", "--model", "tiny", "--mesh", "11"],
+            ["11 tensor-parallel ranks", "use at most 10", "at most 8"],
+        ),
         (["generate", "x", "--model", "tiny", "--mesh", "pp=2"], ["--mesh 'pp=2': write a number of devices"]),
-        (["generate", "x", "--model", "tiny", "--dtype", "float8"], ["--dtype 'float8': choose from float32, bfloat16"]),
+        (
+            ["generate", "x", "--model", "tiny", "--dtype", "float8"],
+            ["--dtype 'float8': choose from float32, bfloat16"],
+        ),
         (["generate", "x", "--model", "tiny", "--leaves", "0", "--tree", "1"], ["leaves = 0", "tree = (1,)"]),
         (["generate", "x", "--model", "tiny", "--temperature", "-1"], ["temperature = -1.0 is"]),
         (["generate", "x" * 2000, "--model", "tiny"], ["the model's context is 1024"]),
         (["verify", "--model", "tiny", "--mesh-sizes", "1,x"], ["--mesh-sizes '1,x' is not a list of integers"]),
-        (["verify", "--model", "tiny", "--mesh-sizes", "9,40"], ["mesh size 9", "mesh size 40, but there are 16 devices"]),
+        (
+            ["verify", "--model", "tiny", "--mesh-sizes", "9,40"],
+            ["mesh size 9", "mesh size 40, but there are 16 devices"],
+        ),
         (["verify", "--model", "tiny", "--json", "no/folder/x.json"], ["there is no folder no/folder"]),
         (["verify", "--model", "tiny", "--prompts-file", "no.txt"], ["--prompts-file no.txt"]),
         (["verify", "--model", "tiny", "--numerics", "exact"], ["choose from plain, invariant"]),
@@ -108,7 +131,9 @@ def test_input_that_is_not_utf8(monkeypatch, capsys, tmp_path):
     assert status == 2
     assert "standard input is not UTF-8" in err
     (tmp_path / "prompts.txt").write_bytes(b"\xff")
-    status, _, err = run(monkeypatch, capsys, "verify", "--model", "tiny", "--prompts-file", str(tmp_path / "prompts.txt"))
+    status, _, err = run(
+        monkeypatch, capsys, "verify", "--model", "tiny", "--prompts-file", str(tmp_path / "prompts.txt")
+    )
     assert status == 2
     assert "utf-8" in err
 
