@@ -41,18 +41,17 @@ class Contract:
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
-        if isinstance(self.tree, list):
-            object.__setattr__(self, "tree", tuple(self.tree))
+        tree: Any = self.tree  # as callers give it
+        if isinstance(tree, list):
+            object.__setattr__(self, "tree", tree := tuple(tree))
         with Problems("Contract") as problems:
             problems.check(
                 isinstance(self.leaves, int) and 1 <= self.leaves <= MAX_LEAVES,
                 f"leaves = {self.leaves!r} is not an integer in 1..{MAX_LEAVES}",
             )
             problems.check(
-                isinstance(self.tree, tuple)
-                and len(self.tree) > 0
-                and all(isinstance(a, int) and a >= 2 for a in self.tree),
-                f"tree = {self.tree!r} is not a tuple of arities >= 2; (2,) is the balanced tree, (8,) a chain of eight",
+                isinstance(tree, tuple) and len(tree) > 0 and all(isinstance(a, int) and a >= 2 for a in tree),
+                f"tree = {tree!r} is not a tuple of arities >= 2; (2,) is the balanced tree, (8,) a chain of eight",
             )
             problems.check(
                 isinstance(self.kv_block, int) and self.kv_block > 0 and self.kv_block % 64 == 0,
