@@ -50,7 +50,7 @@ def test_more_tokens_than_rows(tmp_path):
     [
         (
             "nowhere",
-            "'nowhere' is not a model. Looked for one of the names smollm2; for a folder with config.json and ",
+            "'nowhere' is not a model. Looked for one of the names smollm2, tiny; for a folder with config.json and ",
         ),
         ("meta-llama/Llama-3.1-8B", "and found nothing there. Nothing is ever downloaded: give the path of a local"),
         ("notes.txt", "which is a file, but not a .gguf file"),
