@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 # For example TEST_ARGS="tests/test_tree.py -x".
 TEST_ARGS ?=
-DEMO_ARGS ?= --model smollm2 --mesh-sizes 1,2,3,4,5,6,7,8
+DEMO_ARGS ?= --model smollm2 --mesh-sizes 1,2,3,4,5,6,7,8 --batch-sizes 1,3 --prompts 3 --new-tokens 32
 # For example NOTEBOOK_ARGS=--write.
 NOTEBOOK_ARGS ?=
 

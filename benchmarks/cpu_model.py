@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -48,7 +48,7 @@ def verified() -> str:
                 f"SmolLM2-135M-Instruct, {len(report['prompts'])} prompts, {report['new_tokens']} new tokens, greedy",
                 f"mesh sizes {sizes[0]}  x  batch sizes {sizes[1]}",
                 "",
-                "numerics   dtype     texts per prompt  logit digests  mean Δp    max Δp     prefill = decode  batch = alone",
+                "numerics   dtype                texts  logit digests  mean Δp    max Δp     prefill = decode  batch = alone",
             ]
         for side in report["sides"]:
             deltas = [f"{side[key]:.1e}" if side[key] else "0" for key in ("mean_divergence", "max_divergence")]
