@@ -135,6 +135,8 @@ def _panels(x: Array, panels: Array, count: int) -> Array:
 
 
 def _rows(x: Array, w: Array, count: int, size: int) -> Array:
+    # Behind a barrier: XLA folds a transpose that made the weight into the dot, which then takes a path with another order.
+    w = lax.optimization_barrier(w)
     leaves, n, _ = w.shape
     w = _pad(w.astype(jnp.float32), (leaves, _round_up(n, _LANES), count * size))
     w = w.reshape(leaves, -1, count, size).transpose(0, 2, 1, 3).reshape(leaves * count, -1, size)

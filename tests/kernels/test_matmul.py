@@ -349,3 +349,13 @@ def test_another_backend_is_refused(monkeypatch):
             NotImplementedError, match=r"for the CPU only, and the default backend is 'tpu'.*JAX_PLATFORMS=cpu"
         ):
             call()
+
+
+@pytest.mark.parametrize("k, n", [(96, 384), (256, 256)])
+@pytest.mark.parametrize("m", [1, 2, 7, 48, 65])
+def test_a_weight_transposed_in_the_same_program(rng, m, k, n):
+    """XLA would fold the transpose into the dot, which then leaves the chain; self-tests pass weights as arguments."""
+    x, w = rng.standard_normal((m, 1, k), np.float32), rng.standard_normal((k, n), np.float32)
+    got = jax.jit(lambda x, w: matmul.leaf_products(x, w.T[None]))(x, w)
+    columns = np.r_[0:3, n - 3 : n]
+    assert_bitwise_equal(np.asarray(got)[0][:, columns], spec.leaf_product(x[:, 0], w.T[columns], cpu.K_STEP))
