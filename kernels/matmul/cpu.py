@@ -186,8 +186,9 @@ def self_test() -> None:
             x = generator.standard_normal((m, 1, k), np.float32)
             rows, columns = sorted({0, m - 1}), np.r_[0:3, n - 3 : n]
             want = spec.leaf_product(x[rows, 0], w[0][columns], k_step)
-            for form in ("packed", "rows"):
-                got = np.asarray(_compiled(form, m, k, n, k_step)(x, w))[0][np.ix_(rows, columns)]
+            for form in ("packed", "rows", "rows of a transpose"):
+                stored = np.ascontiguousarray(w.swapaxes(1, 2)) if form == "rows of a transpose" else w
+                got = np.asarray(_compiled(form, m, k, n, k_step)(x, stored))[0][np.ix_(rows, columns)]
                 share = float((got.view(np.int32) != want.view(np.int32)).mean())
                 if share:
                     wrong.append(f"{form}, M = {m}, K = {k}, N = {n}: {share:.0%} of the elements differ")
@@ -201,8 +202,11 @@ def self_test() -> None:
 
 def _compiled(form: str, m: int, k: int, n: int, k_step: int) -> jax.stages.Compiled:
     def product(x: Array, w: Array) -> Array:
-        return leaf_products(x, pack(w, k_step) if form == "packed" else w, k_step)
+        if form == "packed":
+            return leaf_products(x, pack(w, k_step), k_step)
+        return leaf_products(x, w.swapaxes(1, 2) if form == "rows of a transpose" else w, k_step)
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, 1, k), (1, n, k))]
+    weight = (1, k, n) if form == "rows of a transpose" else (1, n, k)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, 1, k), weight)]
     # Compiled ahead of time: it then runs at once, also while a caller's program is being traced.
     return jax.jit(product).lower(*shapes).compile()

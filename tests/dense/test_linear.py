@@ -232,6 +232,21 @@ def test_weights_in_two_dimensions(rng, ranks):
 
 
 @pytest.mark.invariance
+@pytest.mark.parametrize("tokens, k, n", [(256, 256, 256), (160, 256, 256), (200, 512, 256)])
+def test_the_weight_gradient_at_round_sizes(rng, tokens, k, n):
+    """Transposes of the backward pass must not melt into the dots: where sizes are round, that has another order."""
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((tokens, k), (n, k), (tokens, n)))
+
+    def gradients(x, w, dy):
+        return jax.vjp(partial(column_parallel, axis_name="tp", contract=CONTRACT), x, w)[1](dy)
+
+    def run(ranks):
+        return jax.jit(sharded(gradients, ranks, (P(), P("tp"), P(None, "tp")), (P(), P("tp"))))(x, w, dy)
+
+    assert_bitwise_equal(run(8), run(1))
+
+
+@pytest.mark.invariance
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 @pytest.mark.parametrize("m", [1, 65])
 def test_packed_weights(rng, ranks, m):

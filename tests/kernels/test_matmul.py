@@ -285,7 +285,7 @@ def test_the_self_test_finds_a_broken_form(monkeypatch, broken, replacement, for
         matmul.leaf_products(jnp.ones((3, 1, 8)), jnp.ones((1, 4, 8)))
     head, *lines, version = str(error.value).splitlines()
     assert "does not compute dots as ascending fma chains here, so results would depend on the mesh" in head
-    assert lines and all(line.startswith(f"  - {form}, M = ") and "% of the elements differ" in line for line in lines)
+    assert lines and all(line.startswith(f"  - {form}") and "% of the elements differ" in line for line in lines)
     assert all("K = 192, N = 192" in line or "K = 520, N = 65" in line for line in lines)
     assert jax.__version__ in version
 
