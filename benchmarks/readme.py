@@ -1,13 +1,16 @@
-"""Write the README's tables from committed rows, so that every number in it was measured.
+"""Write the tables of README.md and docs/hopper.md from committed rows, so that every number in them was measured.
 
-python benchmarks/readme.py            # rewrite README.md
-python benchmarks/readme.py --check    # fail if it is not what the rows say
+python benchmarks/readme.py            # rewrite them
+python benchmarks/readme.py --check    # fail if they are not what the rows say
+
+Rows of Hopper GPUs are those of `tbik-jax bench --output`. Without any there is neither a section on Hopper nor its page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import Any
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 README = HERE.parent / "README.md"
+HOPPER_ROWS = ROWS / "hopper_matmul.jsonl"
+HOPPER_PAGE = HERE.parent / "docs" / "hopper.md"
 
 
 def cost() -> str:
@@ -63,23 +68,137 @@ def _mark(same: bool | None) -> str:
     return "-" if same is None else "yes" if same else "no"
 
 
-def written(text: str) -> str:
+def hopper_rows(path: Path) -> list[dict[str, Any]]:
+    """The newest row of every product on every device; none if there is no such file."""
+    if not path.exists():
+        return []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    identity = ("device", "dtype", "suite", "model", "product", "tp", "m", "n", "k", "leaves", "tree")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "error" in row:
+            raise SystemExit(f"{path.name} has a row that failed: {line[:200]}")
+        rows[tuple(row[key] for key in identity)] = row
+    return list(rows.values())
+
+
+def hopper(rows: list[dict[str, Any]]) -> str:
+    """The baseline's time over ours, by what is multiplied."""
+    lines = [
+        "| products | tokens | leaves | rows | geometric mean | smallest | bits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        leaves = "1" if row["leaves"] == 1 else "more, chain" if row["tree"] == "chain" else "more, balanced"
+        if row["suite"] == "small":
+            leaves = "all"
+        groups.setdefault((row["suite"], row["dtype"], row["tokens"], leaves), []).append(row)
+    names = {"large": "many tokens", "small": "few tokens", "weight-gradient": "weight gradient"}
+    for (suite, dtype, tokens, leaves), some in groups.items():
+        ratios = [row["ratio"] for row in some]
+        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        equal = sum(row["bits"] == "equal" for row in some)
+        bits = "all equal" if equal == len(some) else f"{len(some) - equal} rows differ"
+        name = f"{names.get(suite, suite.replace('-', ' '))}, {dtype}"
+        lines.append(f"| {name} | {tokens} | {leaves} | {len(some)} | {mean:.2f} | {min(ratios):.2f} | {bits} |")
+    return "\n".join([*lines, "", _measured_on(rows)])
+
+
+def _measured_on(rows: list[dict[str, Any]]) -> str:
+    found = (f"{row['device']}, jax {row['jax']}, CUDA {row['cuda']}, commit {row['commit']}" for row in rows)
+    baselines = ", ".join(sorted({row["baseline"] for row in rows}))
+    return f"Baseline: {baselines}. Measured on {'; '.join(dict.fromkeys(found))}."
+
+
+def hopper_section(rows: list[dict[str, Any]]) -> str:
+    models = sorted({row["model"] for row in rows})
+    return (
+        "## On Hopper\n\n"
+        f"Matrix products of {', '.join(models)} against the vendor's library, in the time that the kernels take (1.00 is "
+        "equal,\nmore is faster). *bits*: every value equals the canonical tree over the leaves' own products. All rows:\n"
+        "[docs/hopper.md](docs/hopper.md); on your own device: `tbik-jax bench`.\n\n"
+        f"<!-- hopper -->\n{hopper(rows)}\n<!-- /hopper -->\n\n"
+    )
+
+
+def hopper_page(rows: list[dict[str, Any]]) -> str:
+    """Every row, as a page of its own."""
+    lines = [
+        "# Matrix products on Hopper",
+        "",
+        "Written by `python benchmarks/readme.py` from `benchmarks/rows/hopper_matmul.jsonl`, which `tbik-jax bench` "
+        "measured.",
+        "Times are medians in microseconds, with their quartiles; *ratio* is the baseline's time over ours. Products of few",
+        "tokens are measured over so many copies of their operands that weights come from memory.",
+        "",
+        _measured_on(rows),
+    ]
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        lines += [
+            "",
+            f"## {suite}",
+            "",
+            "| model | product | tp | m | n | k | leaves | tree | dtype | ours | baseline | ratio | TFLOP/s | GB/s | bits |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in (row for row in rows if row["suite"] == suite):
+            times = [
+                f"{row[f'{side}_us']:.1f} ({row[f'{side}_spread_us'][0]:.1f} to {row[f'{side}_spread_us'][1]:.1f})"
+                for side in ("ours", "baseline")
+            ]
+            what = [str(row[key]) for key in ("model", "product", "tp", "m", "n", "k", "leaves", "tree", "dtype")]
+            bits = row["bits"] if row["bits"] == "equal" else f"{100 * row['bits']:.3g}% differ"
+            speeds = [f"{row['ratio']:.3f}", f"{row['ours_tflops']:.1f}", f"{row['ours_gbs']:.0f}", bits]
+            lines.append(f"| {' | '.join([*what, *times, *speeds])} |")
+    return "\n".join(lines) + "\n"
+
+
+def written(text: str, hopper_from: Path = HOPPER_ROWS) -> str:
+    """README.md with the tables that the rows give."""
     for name, table in (("verified", verified()), ("cost", cost())):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md has {count} places for the table {name!r}; it needs one")
-    return text
+    return _with_hopper(text, hopper_rows(hopper_from))
+
+
+def _with_hopper(text: str, rows: list[dict[str, Any]]) -> str:
+    """Its table where the section is, the section before the limits where there is none, or nothing without rows."""
+    found = re.search(r"(<!-- hopper -->\n).*?(\n<!-- /hopper -->)", text, flags=re.DOTALL)
+    if found and rows:
+        return text[: found.start()] + found[1] + hopper(rows) + found[2] + text[found.end() :]
+    if found:
+        raise SystemExit(f"README.md has a table on Hopper, and there is no {HOPPER_ROWS.name} to write it from")
+    if not rows:
+        return text
+    if text.count("\n## Limits\n") != 1:
+        raise SystemExit("README.md has no section 'Limits' for the section on Hopper to stand before")
+    before, after = text.split("\n## Limits\n")
+    return f"{before}\n{hopper_section(rows)}## Limits\n{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every file that rows are written to, and its text."""
+    found = {README: written(README.read_text(encoding="utf-8"))}
+    rows = hopper_rows(HOPPER_ROWS)
+    if rows:
+        found[HOPPER_PAGE] = hopper_page(rows)
+    elif HOPPER_PAGE.exists():
+        raise SystemExit(f"docs/{HOPPER_PAGE.name} has no {HOPPER_ROWS.name} that it could come from")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    text = README.read_text(encoding="utf-8")
-    new = written(text)
-    if parser.parse_args().check:
-        sys.exit("README.md differs from the rows: run python benchmarks/readme.py" if new != text else 0)
-    README.write_text(new, encoding="utf-8")
+    check = parser.parse_args().check
+    for path, text in pages().items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} differs from the rows: run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jax import lax
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
+from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.elementary import exp
 from tbik_jax.kernels.exact import cast, product, quotient, self_test, tree_sum
 from tbik_jax.kernels.matmul import cpu
@@ -103,6 +104,10 @@ def _check(q: Array, k: Array, v: Array, positions: Array, kv_block: int, kv_hea
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array) -> Array:
+    return one_by_one(partial(_all_queries, scale, kv_block))(q, k, v, positions)
+
+
+def _all_queries(scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array) -> Array:
     batch, queries, heads, dim = q.shape
     kv_heads, size = k.shape[1], -(-k.shape[2] // kv_block) * kv_block
     # Whole blocks of keys; values with a multiple of 64 columns, as the chain wants them.

@@ -6,6 +6,7 @@ One canonical binary tree orders every reduction: inside a kernel, and across th
 from tbik_jax import dense
 from tbik_jax.collectives import tree_all_gather, tree_psum, tree_psum_scatter
 from tbik_jax.contract import CONTRACT_VERSION, Contract, ContractMismatchError
+from tbik_jax.emulate import emulate
 from tbik_jax.tree import Tree, leaf_ranges
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "ContractMismatchError",
     "Tree",
     "dense",
+    "emulate",
     "leaf_ranges",
     "tree_all_gather",
     "tree_psum",

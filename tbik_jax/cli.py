@@ -1,4 +1,4 @@
-"""The command line: ``tbik-jax generate``, ``verify``, ``info``."""
+"""The command line: ``tbik-jax generate``, ``verify``, ``bench``, ``info``."""
 
 from __future__ import annotations
 
@@ -271,6 +271,122 @@ def _short(side: Any) -> str:
     import hashlib
 
     return hashlib.sha256("".join(side.configurations[0].digests).encode()).hexdigest()[:16]
+
+
+@app.command()
+def bench(
+    suites: Annotated[str, typer.Option(help="large, small, weight-gradient, input-gradient, or all.")] = "large,small",
+    model: Annotated[
+        str | None, typer.Option(help="Names from the catalogue; default: those that fit the device.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32; default: bfloat16 on GPUs.")] = None,
+    tree: Annotated[str, typer.Option(help="balanced, chain, or both.")] = "balanced,chain",
+    baseline: Annotated[str, typer.Option(help="On GPUs: cublas, or what xla chooses (compiles slowly).")] = "cublas",
+    repeat: Annotated[int | None, typer.Option(min=1, help="Runs per row; default: 10, or 20 for small.")] = None,
+    limit_seconds: Annotated[float | None, typer.Option(help="Begin no further row after so long.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Append rows to this file, one JSON object a line.")] = None,
+) -> None:
+    """Measure matrix products of known models on this device, against jnp.dot, and compare their bits to the tree's.
+
+    The small suite takes the first tree only. Exit status 1 if a row fails or has other bits.
+    """
+    from tbik_jax import bench as benchmark
+    from tbik_jax.shapes import MODELS
+
+    chosen = list(benchmark.SUITES) if suites == "all" else _names(suites, benchmark.SUITES, "--suites")
+    trees = _names(tree, benchmark.TREES, "--tree")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
+    device = benchmark.device(_names(baseline, benchmark.BASELINES, "--baseline")[0])
+    models = _names(model, tuple(MODELS), "--model") if model else list(benchmark.default_models(device.backend))
+    width = _names(dtype or ("float32" if device.backend == "cpu" else "bfloat16"), benchmark.DTYPES, "--dtype")[0]
+    cases = benchmark.cases(chosen, models, trees, backend=device.backend)
+    about = f"{device.name}; baseline {device.baseline}; timer: {device.timer}; {width}"
+    err.print(f"{len(cases)} rows on {about}", highlight=False, markup=False)
+    rows: list[dict[str, Any]] = []
+    try:
+        with _bar("compiling") as update:
+            measured = benchmark.measure(
+                cases, device, dtype=width, repeat=repeat, limit_seconds=limit_seconds, progress=update
+            )
+            for row in measured:
+                rows.append(row)
+                if output is not None:
+                    with output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+    finally:
+        if rows:
+            _show_rows(rows, about)
+            _show_summaries(benchmark.summaries(rows))
+    if len(rows) < len(cases):
+        out.print(f"[yellow]{len(rows)} of {len(cases)} rows: --limit-seconds {limit_seconds:g} is over.[/]")
+    if any("error" in row or row["bits"] != "equal" for row in rows):
+        raise typer.Exit(1)
+
+
+def _show_rows(rows: list[dict[str, Any]], about: str) -> None:
+    table = Table(title=about, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("suite", "model", "product"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tp", "m", "n", "k", "leaves"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("tree", no_wrap=True)
+    for name in ("ours\nµs", "baseline\nµs", "TFLOP/s", "GB/s", "ratio", "bits"):
+        table.add_column(name, justify="right", no_wrap=name != "bits")
+    for row in rows:
+        tree = row["tree"] if row["leaves"] > 2 else "-"
+        what = [
+            row["suite"],
+            row["model"],
+            row["product"],
+            *(str(row[key]) for key in ("tp", "m", "n", "k", "leaves")),
+            tree,
+        ]
+        if "error" in row:
+            table.add_row(*what, *["-"] * 5, "failed", style="bold red")
+            continue
+        speed = "tflops" if row["tokens"] > 128 else "gbs"
+        table.add_row(
+            *what,
+            f"{row['ours_us']:.1f}",
+            f"{row['baseline_us']:.1f}",
+            f"{row['ours_tflops']:.1f}" if speed == "tflops" else "",
+            f"{row['ours_gbs']:.0f}" if speed == "gbs" else "",
+            f"{row['ratio']:.3f}",
+            "equal" if row["bits"] == "equal" else f"{100 * row['bits']:.3g}% differ",
+            style="" if row["bits"] == "equal" else "bold red",
+        )
+    out.print(table)
+    for row in rows:
+        if "error" in row:
+            where = f"{row['suite']} {row['model']} {row['product']} tp{row['tp']} m={row['m']}"
+            out.print(f"{where}: {row['error']}", style="red", highlight=False, markup=False)
+
+
+def _show_summaries(summaries: list[Any]) -> None:
+    table = Table(
+        title="baseline time / our time; 1 is equal, more is faster",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("suite", no_wrap=True)
+    for name in ("tokens", "rows", "geometric mean", "smallest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where")
+    table.add_column("bits", no_wrap=True)
+    for each in summaries:
+        table.add_row(
+            each.suite,
+            "all" if each.tokens is None else str(each.tokens),
+            str(each.rows),
+            f"{each.geometric_mean:.3f}",
+            f"{each.smallest:.3f}",
+            each.worst,
+            "all equal" if each.bits_equal == each.rows else f"{each.rows - each.bits_equal} rows differ",
+            style="bold" if each.tokens is None else "",
+        )
+    out.print(table)
 
 
 @app.command()

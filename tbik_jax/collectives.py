@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from tbik_jax._axes import axis_size, vary, varying_axes
+from tbik_jax._axes import all_gather, axis_size, vary, varying_axes
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.exact import cast, rounded
 from tbik_jax.tree import Schedule, Tree, schedule
@@ -237,17 +237,17 @@ def _tree_psum(plan: Schedule, axis_name: str, algorithm: str, leaves: Array) ->
     nodes = vary(_local_nodes(plan, axis_name, leaves), axis_name)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     if algorithm == "all_gather":
-        return _finish(plan, lax.all_gather(nodes, axis_name, to="invarying")).reshape(shape)
+        return _finish(plan, all_gather(nodes, axis_name)).reshape(shape)
     size = nodes.shape[1]
     nodes = jnp.pad(nodes, ((0, 0), (0, -size % plan.ranks)))
     if algorithm == "butterfly":
         total = _butterfly(axis_name, plan.ranks, nodes[0])
-        if axis_name not in varying_axes(total):  # check_vma=False: nobody asks for the type
+        if axis_name not in varying_axes(total):  # check_vma=False, or vmap: nobody asks for the type
             return total[:size].reshape(shape)
         part = _own_slice(axis_name, plan.ranks, total)  # only a gather makes a value invariant by type
     else:
         part = _scatter_first(plan, axis_name, algorithm, nodes)
-    return lax.all_gather(part, axis_name, tiled=True, to="invarying")[:size].reshape(shape)
+    return all_gather(part, axis_name, tiled=True)[:size].reshape(shape)
 
 
 def _spread(plan: Schedule, axis_name: str, cotangent: Array) -> Array:
@@ -296,7 +296,7 @@ _tree_psum_scatter.defvjp(_tree_psum_scatter_fwd, _tree_psum_scatter_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_gather(axis_name: str, axis: int, x: Array) -> Array:
-    return lax.all_gather(vary(x, axis_name), axis_name, axis=axis, tiled=True, to="invarying")
+    return all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def _all_gather_fwd(axis_name: str, axis: int, x: Array) -> tuple[Array, None]:

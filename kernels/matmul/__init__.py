@@ -10,6 +10,7 @@ import jax
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.backend import SelfTestError
+from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.matmul import cpu
 from tbik_jax.kernels.matmul.cpu import PackedWeight
 
@@ -52,7 +53,7 @@ def leaf_products(x: jax.Array, w: jax.Array | PackedWeight) -> jax.Array:
     backend.family()
     exact.self_test()
     cpu.self_test()
-    return cpu.leaf_products(x, w)
+    return one_by_one(cpu.leaf_products)(x, w)
 
 
 def pack(w: jax.Array, *, full: bool = True) -> PackedWeight:

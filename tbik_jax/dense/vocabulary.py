@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbik_jax._axes import axis_size, vary
+from tbik_jax._axes import all_gather, axis_size, vary
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
 from tbik_jax.dense.linear import column_parallel
+from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import cast, product, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
@@ -124,7 +125,8 @@ def _embedding_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array
     # XLA:CPU applies updates one after another, in token order; a foreign token adds +0 to a row of its own.
     index = jnp.where(mine, index, table.shape[0])
     total = jnp.zeros((table.shape[0] + 1, table.shape[1]), jnp.float32)
-    total = vary(total, *jax.typeof(dy).manual_axis_type.varying).at[index].add(dy)
+    total = vary(total, *jax.typeof(dy).manual_axis_type.varying)
+    total = one_by_one(lambda total, index, dy: total.at[index].add(dy))(total, index, dy)
     return None, cast(total[:-1], table.dtype)
 
 
@@ -165,9 +167,7 @@ def gather_logits(logits: Array, vocabulary: Vocabulary) -> Array:
     vocabulary.check("dense.gather_logits", "logits", logits.shape[-1])
     plan, width = vocabulary.plan, vocabulary.width
     if vocabulary.axis_name is not None:
-        logits = lax.all_gather(
-            vary(logits, vocabulary.axis_name), vocabulary.axis_name, axis=logits.ndim - 1, tiled=True, to="invarying"
-        )
+        logits = all_gather(logits, vocabulary.axis_name, axis=logits.ndim - 1, tiled=True)
     if plan.slots * plan.ranks == vocabulary.leaves:
         return logits[..., : vocabulary.size]
     parts = [

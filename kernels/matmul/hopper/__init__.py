@@ -1,0 +1,146 @@
+"""Products in the order of the tree on Hopper GPUs (compute capability 9.0), with Pallas' Mosaic GPU kernels.
+
+    out[node][m, n] = sum over the leaves of the node, in its order, of  leaf_l[m, n]
+    leaf_l[m, n]    = sum_k a[m, l, k] * b[n, l, k]   on the tensor cores: f32 from +0, k ascending in steps of 16
+
+``program`` turns a tree into steps; ``large`` and ``small`` are the kernels, for many rows and for few, with the same bits;
+``spill`` keeps sums that wait; ``split`` makes bfloat16 operands of float32; ``tuning`` chooses tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tbik_jax._problems import Problems
+from tbik_jax.kernels.matmul.hopper import large, small, split, tuning
+from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
+from tbik_jax.kernels.matmul.hopper.program import program
+from tbik_jax.kernels.matmul.hopper.small import SmallTiles
+from tbik_jax.tree import Node
+
+__all__ = ["SmallTiles", "Tiles", "product"]
+
+Array = jax.Array
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def product(
+    spec: str,
+    a: Array,
+    b: Array,
+    nodes: Sequence[Node],
+    *,
+    dtype: DTypeLike | None = None,
+    tiles: Tiles | SmallTiles | None = None,
+) -> Array:
+    """A product whose contraction is cut in leaves, reduced to nodes of the canonical tree.
+
+    Args:
+        spec: Where the dimensions are, like ``"mlk,nlk->mn"``: rows ``m``, columns ``n``, leaves ``l`` (absent: one leaf),
+            ``k`` inside a leaf, and a batch ``b`` of products. Weights stored ``[N, K]`` are ``"nlk"``, or ``"lnk"`` leaf by
+            leaf. The last dimension of an operand is ``k``, or its ``m`` or ``n`` (as in gradients: ``"lkm,lkn->mn"``).
+        a, b: bf16, f16 or f32, both the same. f32 is multiplied in bfloat16 pieces (`split`), at an eighth of the speed.
+        nodes: Nodes that cover leaves 0, 1, ... in order; the root alone gives the whole sum.
+        dtype: Of the result, rounded to once: that of ``a`` by default, or f32.
+        tiles: Performance-only; chosen by shape.
+
+    Returns:
+        ``[m, n]`` as ``spec`` orders it, for one node; else ``[nodes, m, n]``.
+
+    Guarantee: an element is a function of its row of ``a``, its row of ``b`` and its node: not of the sizes, the layout,
+    the tiles, or what else is computed.
+
+    Raises:
+        ValueError: a spec, shapes or nodes that do not fit.
+        NotImplementedError: another dtype, or a layout whose last dimension is the leaf or the batch.
+    """
+    of_a, of_b, of_out = _parse(spec)
+    sizes: dict[str, int] = {}
+    with Problems("hopper.product") as problems:
+        problems.check(
+            set(of_a) <= set("bmlk") and {"m", "k"} <= set(of_a), f"a is {of_a!r}: give m, k, perhaps l and b"
+        )
+        problems.check(
+            set(of_b) <= set("bnlk") and {"n", "k"} <= set(of_b), f"b is {of_b!r}: give n, k, perhaps l and b"
+        )
+        problems.check(
+            sorted(of_out) == sorted({"m", "n"} | ({"b"} & set(of_a + of_b))),
+            f"the result is {of_out!r}: give m and n, and b where an operand has it",
+        )
+        problems.check(
+            ("l" in of_a) == ("l" in of_b), f"one of {of_a!r} and {of_b!r} is cut in leaves, the other is not"
+        )
+        for name, axes, x in (("a", of_a, a), ("b", of_b, b)):
+            if problems.check(x.ndim == len(axes), f"{name} has shape {x.shape}, not {len(axes)} dimensions {axes!r}"):
+                for axis, size in zip(axes, x.shape, strict=True):
+                    problems.check(size > 0, f"{name} has no elements along {axis!r}")
+                    problems.check(
+                        sizes.setdefault(axis, size) == size, f"{axis!r} is {sizes[axis]} in a and {size} in b"
+                    )
+            if axes[-1] in "lb":
+                problems.unsupported(
+                    f"{name} is laid out {axes!r}; the last dimension must be k, m or n: transpose it first"
+                )
+            if x.dtype.name not in DTYPES:
+                problems.unsupported(f"{name} is {x.dtype}; supported are {', '.join(DTYPES)}")
+        problems.check(a.dtype == b.dtype, f"a is {a.dtype} and b {b.dtype}; cast one of them")
+        leaves = sizes.get("l", 1)
+        spans = [node.span for node in nodes]
+        problems.check(
+            bool(spans) and [s for s, _ in spans] == [0, *[e for _, e in spans[:-1]]] and spans[-1][1] == leaves,
+            f"nodes {spans} do not cover the {leaves} leaves one after the other",
+        )
+        out_dtype = jnp.dtype(dtype or a.dtype)
+        if out_dtype.name not in DTYPES:
+            problems.unsupported(f"results of {out_dtype}; supported are {', '.join(DTYPES)}")
+    if a.dtype == jnp.float32:
+        a, b = split.left(a, of_a.index("k")), split.right(b, of_b.index("k"))
+    steps = program(nodes)
+    k = a.shape[of_a.index("k")]
+    left, right = Operand(of_a, "m"), Operand(of_b, "n")
+    batch = sizes.get("b", 1)
+    problem = Problem(sizes["m"], sizes["n"], k, batch, left, right, "s" + of_out, a.dtype, out_dtype, steps)
+    a, b = _padded(left, a), _padded(right, b)
+    blocks = _multiprocessors()
+    if tiles is None:
+        plain = of_out == "mn" and left.k_major and right.k_major
+        if plain and problem.m <= tuning.SMALL_ROWS:
+            tiles = tuning.small_tiles(problem, len(nodes), blocks)
+        tiles = tiles or tuning.large_tiles(problem, blocks)
+    if isinstance(tiles, SmallTiles):
+        out = small.product(problem, tuple(nodes), tiles, a, b)
+    else:
+        out = large.product(problem, tiles, a, b, blocks=blocks)
+    return out[0] if len(nodes) == 1 else out
+
+
+def _parse(spec: str) -> tuple[str, str, str]:
+    try:
+        operands, out = spec.replace(" ", "").split("->")
+        a, b = operands.split(",")
+    except ValueError:
+        raise ValueError(f"hopper.product: spec {spec!r} is not of the form 'mlk,nlk->mn'") from None
+    return a, b, out
+
+
+def _padded(operand: Operand, x: Array) -> Array:
+    """What TMA asks of sizes: the fast dimension in whole 128-byte rows, the slow one in eights. Zeros add nothing."""
+    fast, slow = ("k", operand.free) if operand.k_major else (operand.free, "k")
+    pad = [(0, 0)] * x.ndim
+    for axis, of in ((fast, 64), (slow, 8)):
+        i = operand.axes.index(axis)
+        if axis == slow and x.shape[i] < of:
+            continue  # smaller than one tile is fine, and spares decode a copy
+        pad[i] = (0, -x.shape[i] % of)
+    return jnp.pad(x, pad) if any(after for _, after in pad) else x
+
+
+def _multiprocessors() -> int:
+    abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return int(abstract.num_cores if abstract is not None else jax.devices()[0].core_count)

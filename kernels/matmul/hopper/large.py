@@ -1,0 +1,348 @@
+"""Products of many rows: two warpgroups compute, a third feeds them through a ring of operands in shared memory.
+
+A block owns 128 rows, 64 for each computing warpgroup, and walks the leaves in order. The running sum of a chain
+stays in registers; further sums wait in shared memory, or in device memory (`spill`).
+
+Measured and dropped: the two warpgroups in turns, each with a tile of 64 rows (the fill of shared memory and the tensor
+cores' reads then ask for more than its bandwidth: 0.66-0.74 of cuBLAS, whatever the tree); one warpgroup held a step behind
+the other, to overlap what follows a leaf (the ring is then too short: 0.79 instead of 0.87 for a chain).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from tbik_jax.kernels.matmul.hopper import spill
+from tbik_jax.kernels.matmul.hopper.program import Program
+
+Array = jax.Array
+Ref = Any
+
+#: Contraction per stage of the ring: one 128-byte swizzled row of 16-bit values.
+TILE_K = 64
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Performance-only settings of :func:`product`; no bit depends on any of them.
+
+    Attributes:
+        columns: Columns of a block's tile, 8 to 256 in steps of 8; with leaves to add at most 216, which fit in registers.
+        stages: Slots of the ring.
+        cluster: Blocks that share columns by multicast, 1 or 2.
+        near: Storages of waiting sums (beyond registers) that are in shared memory; the others are in device memory.
+        band: Width of the bands in which the grid walks the tiles, for the L2 cache.
+        out_bytes: The most bytes of a row in one such piece: 128, 64 or 32.
+        out_slots: How many pieces of the results may be on their way through shared memory.
+    """
+
+    columns: int = 192
+    stages: int = 4
+    cluster: int = 1
+    near: int = 1
+    band: int = 8
+    out_bytes: int = 128
+    out_slots: int = 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where the dimensions of an operand are: a string over ``b`` (batch), ``l`` (leaf), ``k``, and ``m`` or ``n``."""
+
+    axes: str
+    free: Literal["m", "n"]
+
+    @property
+    def k_major(self) -> bool:
+        """Whether k is the fast one of the tile's two dimensions."""
+        return self.axes.index("k") > self.axes.index(self.free)
+
+    def tile(self, size: int) -> tuple[int, int]:
+        return (size, TILE_K) if self.k_major else (TILE_K, size)
+
+    def at(self, ref: Ref, *, start: Any, size: int, k: Any, leaf: Any, batch: Any) -> Ref:
+        where = {self.free: pl.ds(start, size), "k": pl.ds(k, TILE_K), "l": leaf, "b": batch}
+        return ref.at[tuple(where[axis] for axis in self.axes)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product as the kernel sees it: sizes, layouts, and what happens after each leaf."""
+
+    m: int
+    n: int
+    k: int  # of one leaf
+    batch: int
+    a: Operand
+    b: Operand
+    out_axes: str  # over s (node), b, m, n
+    dtype: Any
+    out_dtype: Any
+    program: Program
+
+
+def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) -> Array:
+    """``[nodes, batch, m, n]`` in the order of ``problem.out_axes``; ``blocks`` is how many the device runs at once."""
+    # TMA writes whole swizzled tiles; what ragged sizes need beyond their own is cut off again.
+    width = out_width(tiles.columns, problem.out_dtype, tiles.out_bytes)
+    sizes = {"s": len(problem.program.ends), "b": problem.batch, "m": problem.m, "n": problem.n}
+    padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
+    out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
+    grid = blocks // tiles.cluster
+    far = max(0, problem.program.storages - 1 - tiles.near)
+    scratch = jax.ShapeDtypeStruct(
+        (grid * tiles.cluster, 2, max(far, 1), spill.words(ROWS, tiles.columns)), jnp.float32
+    )
+    result, _ = plgpu.kernel(
+        functools.partial(_kernel, problem=problem, tiles=tiles),
+        out_type=(out, scratch),
+        grid=(grid,),
+        grid_names=("grid",),
+        cluster=(tiles.cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(a, b)
+    return result if sizes == padded else result[tuple(slice(sizes[axis]) for axis in problem.out_axes)]
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
+    bytes_ = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * bytes_ * 8)
+    return plgpu.TilingTransform((8, swizzle // bytes_)), plgpu.SwizzleTransform(swizzle)
+
+
+def out_width(columns: int, dtype: Any, most: int = 128) -> int:
+    """The widest swizzled piece of a row, in columns, that the tile is a multiple of: TMA wants it aligned to itself."""
+    for size in [size for size in (128, 64, 32) if size <= most]:
+        width = size // jnp.dtype(dtype).itemsize
+        if columns % width == 0:
+            return width
+    raise ValueError(f"a tile of results must be a multiple of 32 bytes wide, not {columns} columns of {dtype}")
+
+
+def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
+    program, columns, stages = problem.program, tiles.columns, tiles.stages
+    block_rows = 2 * ROWS
+    steps = -(-problem.k // TILE_K)  # per leaf
+    row_tiles = -(-problem.m // (block_rows * tiles.cluster))
+    column_tiles = -(-problem.n // columns)
+    storages = max(0, program.storages - 1)  # beyond registers
+    near, far = min(storages, tiles.near), max(0, storages - tiles.near)
+    a_tile, b_tile = problem.a.tile(block_rows), problem.b.tile(columns)
+
+    width = out_width(columns, problem.out_dtype, tiles.out_bytes)
+
+    barrier: Callable[..., Any] = plgpu.Barrier
+    if tiles.cluster > 1:
+        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
+
+    scopes = dict(
+        a_smem=plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
+        b_smem=plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
+        out_smem=plgpu.SMEM(
+            (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
+        ),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        empty=barrier(num_arrivals=2, num_barriers=stages),
+    )
+    if near:
+        scopes["near_smem"] = plgpu.SMEM((2, near, spill.words(ROWS, columns)), jnp.float32)
+
+    @functools.partial(pl.run_scoped, collective_axes="wg", **scopes)
+    def _(a_smem, b_smem, out_smem, full, empty, near_smem=None):
+        wg = lax.axis_index("wg")
+        cta = lax.axis_index("cluster")
+
+        def each_tile(body):
+            @plgpu.nd_loop((problem.batch * row_tiles * column_tiles,), collective_axes="grid")
+            def _(info):
+                (index,) = info.index
+                if problem.batch == 1:
+                    batch, inside = jnp.int32(0), index
+                else:
+                    batch = lax.div(index, jnp.int32(row_tiles * column_tiles))
+                    inside = lax.rem(index, jnp.int32(row_tiles * column_tiles))
+                row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, tiles.band)
+                first_step = info.local_index * (program.leaves * steps)
+                body(batch, (row * tiles.cluster + cta) * block_rows, column * columns, first_step)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load_tile(batch, row, column, first_step):
+                def load(index, _):
+                    leaf = lax.div(index, jnp.int32(steps))
+                    k = lax.rem(index, jnp.int32(steps)) * TILE_K
+                    step = first_step + index
+                    slot = lax.rem(step, jnp.int32(stages))
+
+                    @pl.when(step >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    where = dict(k=k, leaf=leaf, batch=batch)
+                    plgpu.copy_gmem_to_smem(
+                        problem.a.at(a_gmem, start=row, size=block_rows, **where), a_smem.at[slot], full.at[slot]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        problem.b.at(b_gmem, start=column, size=columns, **where),
+                        b_smem.at[slot],
+                        full.at[slot],
+                        collective_axes="cluster" if tiles.cluster > 1 else None,
+                    )
+                    return _
+
+                lax.fori_loop(0, program.leaves * steps, load, None)
+
+            each_tile(load_tile)
+            if tiles.cluster > 1:
+                # A block must not leave while its neighbour still signals to it.
+                total = _tiles_of_this_block(problem.batch * row_tiles * column_tiles) * (program.leaves * steps)
+
+                def drain(step, _):
+                    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+                    return _
+
+                lax.fori_loop(lax.max(total - stages, 0), total, drain, None)
+
+        @pl.when(wg != 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+
+            def compute_tile(batch, row, column, first_step):
+                def multiply(leaf):
+                    base = first_step + leaf * steps
+
+                    def accumulate(acc):
+                        def step(i, _):
+                            slot = lax.rem(base + i, jnp.int32(stages))
+                            plgpu.barrier_wait(full.at[slot])
+                            a = a_smem.at[slot]
+                            if not problem.a.k_major:
+                                a = plgpu.transpose_ref(a, (1, 0))
+                            a = a.at[pl.ds(wg * ROWS, ROWS)]
+                            b = b_smem.at[slot]
+                            if problem.b.k_major:
+                                b = plgpu.transpose_ref(b, (1, 0))
+                            plgpu.wgmma(acc, a, b)
+                            plgpu.wgmma_wait(1)
+
+                            @pl.when(i > 0)
+                            def _():
+                                plgpu.barrier_arrive(empty.at[lax.rem(base + i - 1, jnp.int32(stages))])
+
+                            return _
+
+                        lax.fori_loop(0, steps, step, None)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[lax.rem(base + steps - 1, jnp.int32(stages))])
+                        return acc[...]
+
+                    return pl.run_scoped(accumulate, plgpu.ACC((ROWS, columns), jnp.float32))
+
+                def emit(leaf, value):
+                    node = (
+                        sum((leaf > end).astype(jnp.int32) for end in program.ends[:-1]) if len(program.ends) > 1 else 0
+                    )
+                    value = value.astype(problem.out_dtype)
+                    where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
+                    for number, start in enumerate(range(0, columns, width)):
+                        slot = out_smem.at[wg, number % tiles.out_slots]
+                        plgpu.wait_smem_to_gmem(tiles.out_slots - 1, wait_read_only=True)
+                        slot[...] = value[:, start : start + width]
+                        plgpu.commit_smem()
+                        where["n"] = pl.ds(column + start, width)
+                        plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
+
+                block = lax.axis_index("grid") * tiles.cluster + cta
+
+                def storage(number):
+                    if number <= near:
+                        return near_smem.at[wg, number - 1]
+                    return far_gmem.at[block, wg, number - 1 - near]
+
+                def settle(leaf, value, number):
+                    """Add the sums that wait from storage ``number`` up, then wait there or leave."""
+                    if number > storages:
+                        emit(leaf, value)
+                        return
+                    pops = program.mask(lambda step: number in step.pops)
+                    pushes = program.mask(lambda step: step.push == number)
+                    if pops:
+                        value = lax.cond(
+                            _holds(pops, leaf, program.leaves),
+                            lambda: spill.load_add(storage(number), value),
+                            lambda: value,
+                        )
+
+                    @pl.when(_holds(pushes, leaf, program.leaves))
+                    def _():
+                        spill.store(storage(number), value)
+
+                    @pl.when(jnp.logical_not(_holds(pushes, leaf, program.leaves)))
+                    def _():
+                        settle(leaf, value, number + 1)
+
+                def after(leaf, waiting):
+                    value = multiply(leaf)
+                    if program.storages == 0:
+                        emit(leaf, value)
+                        return waiting
+                    # Where nothing waits in registers, -0 does.
+                    value = waiting + value
+                    keeps = program.mask(lambda step: step.push == 0)
+
+                    def settled():
+                        settle(leaf, value, 1)
+                        return nothing()
+
+                    return lax.cond(_holds(keeps, leaf, program.leaves), lambda: value, settled)
+
+                def nothing():
+                    return plgpu.layout_cast(jnp.full((ROWS, columns), -0.0, jnp.float32), plgpu.Layout.WGMMA)
+
+                if program.leaves == 1:
+                    emit(jnp.int32(0), multiply(jnp.int32(0)))
+                elif program.is_chain:
+                    # From -0, since -0 + x is x for every x: a first leaf of its own would be a second copy of the loop.
+                    emit(
+                        jnp.int32(0), lax.fori_loop(0, program.leaves, lambda l, total: total + multiply(l), nothing())
+                    )
+                elif program.storages == 0:
+                    lax.fori_loop(0, program.leaves, after, None)
+                else:
+                    lax.fori_loop(0, program.leaves, after, nothing())
+
+            each_tile(compute_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _tiles_of_this_block(total: int) -> Array:
+    grid = lax.axis_size("grid")
+    return lax.div(jnp.int32(total) - lax.axis_index("grid") + jnp.int32(grid - 1), jnp.int32(grid))
+
+
+def _holds(mask: int, leaf: Array, leaves: int) -> Array:
+    """Bit ``leaf`` of a mask known when the kernel is written."""
+    words = [(mask >> shift) & 0xFFFFFFFF for shift in range(0, max(leaves, 1), 32)]
+    word = jnp.int32(_signed(words[0]))
+    for i, value in enumerate(words[1:], 1):
+        word = lax.select(lax.div(leaf, jnp.int32(32)) == i, jnp.int32(_signed(value)), word)
+    return (lax.shift_right_logical(word, lax.rem(leaf, jnp.int32(32))) & 1) != 0
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word

@@ -1,0 +1,82 @@
+"""Tiles by shape: performance-only, so any choice is right. The numbers were measured on an H100."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from tbik_jax.kernels.matmul.hopper import spill
+from tbik_jax.kernels.matmul.hopper.large import ROWS, TILE_K, Problem, Tiles, out_width
+from tbik_jax.kernels.matmul.hopper.small import SmallTiles, tile_of
+
+#: Shared memory of a block, less what the barriers take.
+_SHARED = 232_448 - 6 * 1024
+#: Rows up to which the weight is what counts.
+SMALL_ROWS = 128
+
+
+def large_tiles(problem: Problem, blocks: int) -> Tiles:
+    """The width whose last wave wastes least.
+
+    A tile of c columns takes the time of c + 27: its rows are loaded for however few columns.
+    """
+    adds = problem.program.storages > 0
+    widths = (208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32) if adds else (256, 224, *range(208, 31, -16))
+    if not problem.b.k_major:  # TMA then wants whole swizzled rows of columns
+        widths = tuple(columns for columns in widths if columns % 64 == 0)
+    rows = -(-problem.m // (2 * ROWS)) * problem.batch
+
+    def cost(columns: int) -> float:
+        tiles = rows * -(-problem.n // columns)
+        return -(-tiles // blocks) * (columns + 27)
+
+    if problem.program.storages > 2 and problem.k < 1024:
+        widths = tuple(columns for columns in widths if columns <= 144)
+    elif problem.program.storages > 1:
+        widths = tuple(columns for columns in widths if columns <= 192)
+    fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
+    return min(fits, key=lambda tiles: cost(tiles.columns))
+
+
+def _with_stages(problem: Problem, columns: int) -> Tiles | None:
+    """As many stages as help; where the sums that wait are kept is what was faster on an H100 (docs/hopper.md)."""
+    out = 2 * ROWS * out_width(columns, problem.out_dtype) * jnp.dtype(problem.out_dtype).itemsize
+    stage = (2 * ROWS + columns) * TILE_K * 2
+    storages, rows = problem.program.storages, -(-problem.m // (2 * ROWS))
+    if storages <= 1:
+        stages = min(4 if columns > 128 else 8, (_SHARED - out) // stage)
+        return Tiles(columns, stages) if stages >= 2 else None
+    waiting = 2 * 4 * spill.words(ROWS, columns)
+    stages = min(4, (_SHARED - out - waiting) // stage)
+    if storages > 2 and problem.k < 1024 and stages >= 4:
+        return Tiles(columns, stages, near=1)
+    # In device memory; two blocks then share the columns that they read, which keeps them together in the L2 cache.
+    stages = min(5, (_SHARED - out) // stage)
+    return Tiles(columns, stages, near=0, cluster=2 if rows % 2 == 0 else 1) if stages >= 2 else None
+
+
+def small_tiles(problem: Problem, nodes: int, blocks: int) -> SmallTiles | None:
+    """Blocks for one wave at most, with all of shared memory; several per multiprocessor where there are more.
+
+    None where nothing fits: many leaves of many rows.
+    """
+    leaves = problem.program.leaves
+    best = None
+    for swap, columns in ((True, 64), (False, 32), (False, 16)):
+        if not swap and (problem.m <= 32 or leaves > 1):
+            continue
+        across = -(-problem.n // columns)
+        split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
+        tile = tile_of(problem.m, columns, swap)
+        waiting = 0 if leaves == 1 else (leaves // split) * tile.words * 4
+        resident = min(2, max(1, -(-across * split // blocks)))
+        room = _SHARED // resident - waiting
+        depth = 256 if problem.m <= 32 and resident == 1 else 128 if problem.m <= 32 else 64
+        stage = (columns + (tile.tokens if swap else ROWS * tile.left_tiles)) * depth * 2
+        stages = min(16, room // stage)
+        if stages < 2:
+            continue
+        # Every block reads its rows: what enters a multiprocessor bounds it.
+        enters = -(-across * split // blocks) * (columns + tile.tokens)
+        if best is None or enters < best[0]:
+            best = enters, SmallTiles(columns, swap, depth, stages, split)
+    return best[1] if best else None
