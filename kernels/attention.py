@@ -60,7 +60,7 @@ def attention(
         NotImplementedError: D or kv_block above 256; their product, D rounded up to 64, above 32768; differentiation.
     """
     _check(q, k, v, positions, kv_block, kv_head_of)
-    backend.family()
+    backend.require_cpu("attention")
     self_test()
     cpu.self_test()
     if kv_head_of is not None:

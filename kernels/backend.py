@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 
-FAMILIES = ("cpu",)
+Family = Literal["cpu", "sm90"]
+FAMILIES: tuple[Family, ...] = ("cpu", "sm90")
 
 
 class SelfTestError(RuntimeError):
     """This XLA, on this processor or under these flags, does not give the bits that the contract asks for."""
 
 
-def family() -> str:
-    """The backend family whose bits this process computes: ``"cpu"``.
+def family() -> Family:
+    """The backend family whose bits this process computes: ``"cpu"``, or ``"sm90"`` on Hopper GPUs (H100, H200, H20).
 
     Raises:
         NotImplementedError: on any other backend. Nothing falls back to products whose order nobody fixed.
     """
     backend = jax.default_backend()
-    if backend != "cpu":
+    if backend == "cpu":
+        return "cpu"
+    found = f"the default backend is {backend!r}"
+    if backend in ("gpu", "cuda"):
+        kinds = {(d.device_kind, str(getattr(d, "compute_capability", "unknown"))) for d in jax.local_devices()}
+        if all(capability == "9.0" for _, capability in kinds):
+            return "sm90"
+        found += " with " + ", ".join(f"{kind} (compute capability {capability})" for kind, capability in sorted(kinds))
+    raise NotImplementedError(
+        f"tbik_jax: invariant kernels exist for CPUs and for Hopper GPUs (compute capability 9.0), and {found}. "
+        f"Run with JAX_PLATFORMS=cpu, or use Numerics.plain(). Another GPU needs kernels of its own: wgmma and TMA, which "
+        f"these are written with, are Hopper's."
+    )
+
+
+def require_cpu(what: str) -> None:
+    """Refuse ``what`` on a family that has no kernel for it yet.
+
+    Raises:
+        NotImplementedError: elsewhere than on the CPU.
+    """
+    if (here := family()) != "cpu":
         raise NotImplementedError(
-            f"tbik_jax: invariant kernels exist for the CPU only, and the default backend is {backend!r}. "
-            f"Run with JAX_PLATFORMS=cpu, or use Numerics.plain()."
+            f"{what} has no kernel in family {here!r} yet: XLA would choose its order. Matrix products, the collectives and "
+            f"the elementwise stages run here; the whole model runs with JAX_PLATFORMS=cpu, or with Numerics.plain()."
         )
-    return "cpu"

@@ -47,6 +47,7 @@ def tree_psum(
     tree: Tree,
     dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
+    of_nodes: bool = False,
 ) -> Array:
     """The canonical sum over the leaves of all ranks, on every rank.
 
@@ -60,6 +61,8 @@ def tree_psum(
         tree: The canonical tree. Numerics-bearing.
         dtype: Result dtype; f32 by default. Nodes are f32 in any case.
         algorithm: Performance-only, see the module's table.
+        of_nodes: ``leaves`` are this rank's node values ``[width, ...]`` already, as :func:`local_nodes` gives them: kernels
+            add leaves inside. Only where every rank has the same additions (`Schedule.is_uniform`).
 
     Returns:
         ``[...]`` in ``dtype``, the same on every rank (and typed so under ``check_vma=True``).
@@ -72,8 +75,8 @@ def tree_psum(
         ValueError: more ranks than leaves, a wrong number of slots, a dtype other than f32, an algorithm that this mesh
             cannot run.
     """
-    plan = _plan("tree_psum", leaves, axis_name, tree, algorithm)
-    total = _tree_psum(plan, axis_name, _choose(plan, leaves, algorithm), leaves)
+    plan = _plan("tree_psum", leaves, axis_name, tree, algorithm, of_nodes)
+    total = _tree_psum(plan, axis_name, _choose(plan, leaves, algorithm), of_nodes, leaves)
     return cast(total, dtype or jnp.float32)
 
 
@@ -85,13 +88,14 @@ def tree_psum_scatter(
     scatter_dimension: int = 0,
     dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
+    of_nodes: bool = False,
 ) -> Array:
     """The canonical sum, of which rank r keeps the r-th slice; :func:`tree_all_gather` undoes the slicing.
 
     ``scatter_dimension`` counts the dimensions of one leaf value (without the slot dimension); the number of ranks must
     divide it. Everything else is as in :func:`tree_psum`, whose bits the slices are.
     """
-    plan = _plan("tree_psum_scatter", leaves, axis_name, tree, algorithm)
+    plan = _plan("tree_psum_scatter", leaves, axis_name, tree, algorithm, of_nodes)
     rank = leaves.ndim - 1
     with Problems("tree_psum_scatter") as problems:
         inside = problems.check(
@@ -104,7 +108,9 @@ def tree_psum_scatter(
                 size % plan.ranks == 0,
                 f"dimension {scatter_dimension} of size {size} is not a multiple of the {plan.ranks} ranks; pad it first",
             )
-    part = _tree_psum_scatter(plan, axis_name, _choose(plan, leaves, algorithm), scatter_dimension % rank, leaves)
+    part = _tree_psum_scatter(
+        plan, axis_name, _choose(plan, leaves, algorithm), scatter_dimension % rank, of_nodes, leaves
+    )
     return cast(part, dtype or jnp.float32)
 
 
@@ -121,7 +127,9 @@ def local_nodes(leaves: Array, axis_name: str, *, tree: Tree) -> Array:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str) -> Schedule:
+def _plan(
+    where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str, of_nodes: bool = False
+) -> Schedule:
     ranks = axis_size(axis_name)
     with Problems(where) as problems:
         problems.check(
@@ -135,10 +143,15 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str)
         )
         if fits:
             plan = schedule(tree, ranks)
+            first, kind = (plan.width, "nodes") if of_nodes else (plan.slots, "slots")
             problems.check(
-                leaves.ndim >= 1 and leaves.shape[0] == plan.slots,
-                f"leaf values have shape {leaves.shape}; {tree.leaves} leaves over {ranks} ranks need {plan.slots} slots "
+                leaves.ndim >= 1 and leaves.shape[0] == first,
+                f"leaf values have shape {leaves.shape}; {tree.leaves} leaves over {ranks} ranks need {first} {kind} "
                 f"in the first dimension",
+            )
+            problems.check(
+                not of_nodes or plan.is_uniform,
+                f"node values of {tree.leaves} leaves over {ranks} ranks: the ranks have different nodes. Give leaf values",
             )
             problems.check(
                 algorithm not in ("butterfly", "recursive_halving") or plan.is_butterfly,
@@ -151,7 +164,7 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str)
 def _choose(plan: Schedule, leaves: Array, algorithm: Algorithm) -> str:
     if algorithm != "auto":
         return algorithm
-    size = 4 * leaves.size // plan.slots
+    size = 4 * leaves.size // leaves.shape[0]
     return "all_gather" if plan.ranks <= 2 or size <= _SMALL else "all_to_all"
 
 
@@ -232,9 +245,9 @@ def _butterfly(axis_name: str, ranks: int, x: Array) -> Array:
 # result once, with weight one.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tree_psum(plan: Schedule, axis_name: str, algorithm: str, leaves: Array) -> Array:
-    nodes = vary(_local_nodes(plan, axis_name, leaves), axis_name)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _tree_psum(plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array) -> Array:
+    nodes = vary(values if of_nodes else _local_nodes(plan, axis_name, values), axis_name)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     if algorithm == "all_gather":
         return _finish(plan, all_gather(nodes, axis_name)).reshape(shape)
@@ -250,8 +263,10 @@ def _tree_psum(plan: Schedule, axis_name: str, algorithm: str, leaves: Array) ->
     return all_gather(part, axis_name, tiled=True)[:size].reshape(shape)
 
 
-def _spread(plan: Schedule, axis_name: str, cotangent: Array) -> Array:
-    """The cotangent of every slot; unread slots get zero."""
+def _spread(plan: Schedule, axis_name: str, of_nodes: bool, cotangent: Array) -> Array:
+    """The cotangent of every node or slot; unread slots get zero."""
+    if of_nodes:
+        return jnp.broadcast_to(vary(cotangent, axis_name), (plan.width, *cotangent.shape))
     held = jnp.array([len(r) for r in plan.ranges])[lax.axis_index(axis_name)]
     cotangent = jnp.broadcast_to(vary(cotangent, axis_name), (plan.slots, *cotangent.shape))
     if plan.slots * plan.ranks == plan.tree.leaves:
@@ -260,35 +275,42 @@ def _spread(plan: Schedule, axis_name: str, cotangent: Array) -> Array:
     return jnp.where(used.reshape(-1, *[1] * (cotangent.ndim - 1)), cotangent, 0.0)
 
 
-def _tree_psum_fwd(plan: Schedule, axis_name: str, algorithm: str, leaves: Array) -> tuple[Array, None]:
-    return _tree_psum(plan, axis_name, algorithm, leaves), None
+def _tree_psum_fwd(
+    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array
+) -> tuple[Array, None]:
+    return _tree_psum(plan, axis_name, algorithm, of_nodes, values), None
 
 
-def _tree_psum_bwd(plan: Schedule, axis_name: str, algorithm: str, _: None, cotangent: Array) -> tuple[Array]:
-    return (_spread(plan, axis_name, cotangent),)
+def _tree_psum_bwd(
+    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, _: None, cotangent: Array
+) -> tuple[Array]:
+    return (_spread(plan, axis_name, of_nodes, cotangent),)
 
 
 _tree_psum.defvjp(_tree_psum_fwd, _tree_psum_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _tree_psum_scatter(plan: Schedule, axis_name: str, algorithm: str, axis: int, leaves: Array) -> Array:
-    nodes = jnp.moveaxis(vary(_local_nodes(plan, axis_name, leaves), axis_name), axis + 1, 1)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _tree_psum_scatter(
+    plan: Schedule, axis_name: str, algorithm: str, axis: int, of_nodes: bool, values: Array
+) -> Array:
+    nodes = values if of_nodes else _local_nodes(plan, axis_name, values)
+    nodes = jnp.moveaxis(vary(nodes, axis_name), axis + 1, 1)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     part = _scatter_first(plan, axis_name, algorithm, nodes)
     return jnp.moveaxis(part.reshape(shape[0] // plan.ranks, *shape[1:]), 0, axis)
 
 
 def _tree_psum_scatter_fwd(
-    plan: Schedule, axis_name: str, algorithm: str, axis: int, leaves: Array
+    plan: Schedule, axis_name: str, algorithm: str, axis: int, of_nodes: bool, values: Array
 ) -> tuple[Array, None]:
-    return _tree_psum_scatter(plan, axis_name, algorithm, axis, leaves), None
+    return _tree_psum_scatter(plan, axis_name, algorithm, axis, of_nodes, values), None
 
 
 def _tree_psum_scatter_bwd(
-    plan: Schedule, axis_name: str, algorithm: str, axis: int, _: None, cotangent: Array
+    plan: Schedule, axis_name: str, algorithm: str, axis: int, of_nodes: bool, _: None, cotangent: Array
 ) -> tuple[Array]:
-    return (_spread(plan, axis_name, _all_gather(axis_name, axis, cotangent)),)
+    return (_spread(plan, axis_name, of_nodes, _all_gather(axis_name, axis, cotangent)),)
 
 
 _tree_psum_scatter.defvjp(_tree_psum_scatter_fwd, _tree_psum_scatter_bwd)

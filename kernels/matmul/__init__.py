@@ -1,11 +1,19 @@
-"""Products by leaf: ``out[l, m, n] = sum_k x[m, l, k] * w[l, n, k]`` in f32, the values that the canonical tree adds.
+"""Products whose contraction is cut in leaves, in the order of the canonical tree; by `backend.family`.
 
-`spec` says what the bits are, `cpu` computes them.
+    leaf[l, m, n] = sum_k x[m, l, k] * w[l, n, k]     f32, one fixed order per family
+    node          = the tree's sum of its leaves      f32
+
+`spec` and `cpu` are the family ``cpu``: ``spec`` says what the bits are, ``cpu`` computes them. `hopper` is ``sm90``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend, exact
@@ -13,13 +21,24 @@ from tbik_jax.kernels.backend import SelfTestError
 from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.matmul import cpu
 from tbik_jax.kernels.matmul.cpu import PackedWeight
+from tbik_jax.tree import Node
 
-__all__ = ["PackedWeight", "SelfTestError", "leaf_products", "pack"]
+__all__ = [
+    "PackedWeight",
+    "SelfTestError",
+    "input_gradient",
+    "leaf_products",
+    "node_products",
+    "pack",
+    "weight_gradient",
+]
+
+Array = jax.Array
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def leaf_products(x: jax.Array, w: jax.Array | PackedWeight) -> jax.Array:
+def leaf_products(x: Array, w: Array | PackedWeight) -> Array:
     """The product of every leaf.
 
     Args:
@@ -27,15 +46,98 @@ def leaf_products(x: jax.Array, w: jax.Array | PackedWeight) -> jax.Array:
         w: ``[leaves, N, k]`` or its :func:`pack`-ed form.
 
     Returns:
-        ``[leaves, M, N]`` f32. Element ``[l, m, n]`` is `spec.leaf_product` of row m and column n.
+        ``[leaves, M, N]`` f32. On the CPU, element ``[l, m, n]`` is `spec.leaf_product` of row m and column n.
 
     Guarantee: it depends on that row and that column alone: not on M, N, the other leaves, or the layout of ``w``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: a backend without kernels.
         SelfTestError: XLA computes other bits here (checked once per process, before the first product).
     """
-    with Problems("matmul.leaf_products") as problems:
+    leaves = _check("leaf_products", x, w)
+    return node_products(x, w, tuple(Node(i, i + 1) for i in range(leaves)))
+
+
+def node_products(
+    x: Array, w: Array | PackedWeight, nodes: Sequence[Node], *, transposed: bool = False, dtype: DTypeLike = jnp.float32
+) -> Array:
+    """The products of the leaves, added to the nodes of a tree.
+
+    Args:
+        x: ``[M, leaves, k]``.
+        w: ``[leaves, N, k]``, or ``[leaves, k, N]`` if ``transposed``, or packed.
+        nodes: They cover the leaves, in order.
+        transposed: How ``w`` is stored; no bit depends on it.
+        dtype: Of the result, rounded to once. Nodes that are still to be added to others stay f32.
+
+    Returns:
+        ``[nodes, M, N]``.
+
+    Guarantee: as :func:`leaf_products`; a node's value is that of adding the leaves one by one.
+    """
+    _check("node_products", x, w, transposed=transposed)
+    if _family() == "sm90":
+        return _hopper("mlk,lkn->mn" if transposed else "mlk,lnk->mn", x, w, nodes, dtype)
+    leaves = one_by_one(cpu.leaf_products)(x, w.swapaxes(1, 2) if transposed and not isinstance(w, PackedWeight) else w)
+    if len(nodes) < leaves.shape[0]:
+        leaves = exact.rounded(leaves)
+        leaves = jnp.stack([node.evaluate(lambda i: leaves[i], jnp.add) for node in nodes])
+    return exact.cast(leaves, dtype)
+
+
+def input_gradient(dy: Array, w: Array) -> Array:
+    """``dx[m, l, k] = sum_n dy[m, n] * w[l, n, k]``: one leaf over n. ``dy [M, N]``, ``w [leaves, N, k]``; f32."""
+    if _family() == "sm90":
+        return _hopper("mk,bkn->mbn", dy, w, (Node(0, 1),), jnp.float32)[0]
+    leaves, n, _ = w.shape
+    dy = jnp.broadcast_to(dy[:, None], (dy.shape[0], leaves, n))
+    return one_by_one(cpu.leaf_products)(dy, w.swapaxes(1, 2)).swapaxes(0, 1)
+
+
+def weight_gradient(dy: Array, x: Array) -> Array:
+    """``dw[l, n, k] = sum_m dy[m, n] * x[m, l, k]``: one leaf over the rows. ``dy [M, N]``, ``x [M, leaves, k]``; f32."""
+    if _family() == "sm90":
+        return _hopper("km,kbn->bmn", dy, x, (Node(0, 1),), jnp.float32)[0]
+    m, leaves, _ = x.shape
+    dy = jnp.broadcast_to(dy.T[:, None], (dy.shape[1], leaves, m))
+    return one_by_one(cpu.leaf_products)(dy, x.transpose(1, 2, 0))
+
+
+def pack(w: Array, *, full: bool = True) -> PackedWeight | Array:
+    """Lay out ``w [leaves, N, k]`` for the fastest products; performance-only. A Hopper GPU reads it as it is.
+
+    ``full=False`` halves the memory; products of 64 rows and more then cost a copy of the weight each time.
+    """
+    with Problems("matmul.pack") as problems:
+        problems.check(w.ndim == 3, f"w has shape {w.shape}, not [leaves, N, k]")
+        _check_dtype(problems, "w", w)
+    return w if backend.family() == "sm90" else cpu.pack(w, full=full)
+
+
+def _family() -> backend.Family:
+    family = backend.family()
+    exact.self_test()
+    if family == "cpu":
+        cpu.self_test()
+    return family
+
+
+def _hopper(spec: str, a: Array, b: Array | PackedWeight, nodes: Sequence[Node], dtype: DTypeLike) -> Array:
+    """``[nodes, ...]``. Operands of different dtypes are both widened to f32, which is exact."""
+    from tbik_jax.kernels.matmul import hopper
+
+    if isinstance(b, PackedWeight):
+        raise NotImplementedError("a weight packed for the CPU does not serve a Hopper GPU; give it as it is stored")
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    product = partial(hopper.product, spec, nodes=tuple(nodes), dtype=dtype)
+    out = one_by_one(lambda a, b: product(a, b))(a, b)
+    return out[None] if len(nodes) == 1 else out
+
+
+def _check(where: str, x: Array, w: Array | PackedWeight, *, transposed: bool = False) -> int:
+    with Problems(f"matmul.{where}") as problems:
         problems.check(x.ndim == 3, f"x has shape {x.shape}, not [M, leaves, k]")
         _check_dtype(problems, "x", x)
         if isinstance(w, PackedWeight):
@@ -44,29 +146,16 @@ def leaf_products(x: jax.Array, w: jax.Array | PackedWeight) -> jax.Array:
             problems.check(w.ndim == 3, f"w has shape {w.shape}, not [leaves, N, k]")
             _check_dtype(problems, "w", w)
             leaves, n, k = (*w.shape, 0, 0, 0)[:3]
+            if transposed:
+                n, k = k, n
         if x.ndim == 3:
             problems.check(
                 x.shape[1:] == (leaves, k),
                 f"x has (leaves, k) = {x.shape[1:]}, w has {(leaves, k)}; both must be cut in the same leaves",
             )
         problems.check(min(n, k, leaves) > 0, f"w has an empty dimension: (leaves, N, k) = {(leaves, n, k)}")
-    backend.family()
-    exact.self_test()
-    cpu.self_test()
-    return one_by_one(cpu.leaf_products)(x, w)
+    return leaves
 
 
-def pack(w: jax.Array, *, full: bool = True) -> PackedWeight:
-    """Lay out ``w [leaves, N, k]`` for the fastest products; performance-only.
-
-    ``full=False`` halves the memory; products of 64 rows and more then cost a copy of the weight each time.
-    """
-    with Problems("matmul.pack") as problems:
-        problems.check(w.ndim == 3, f"w has shape {w.shape}, not [leaves, N, k]")
-        _check_dtype(problems, "w", w)
-    backend.family()
-    return cpu.pack(w, full=full)
-
-
-def _check_dtype(problems: Problems, name: str, x: jax.Array) -> None:
+def _check_dtype(problems: Problems, name: str, x: Array) -> None:
     problems.check(x.dtype.name in _DTYPES, f"{name} is {x.dtype}; supported are {', '.join(_DTYPES)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from tbik_jax._axes import axis_size, vary_like
@@ -17,9 +18,10 @@ from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
-from tbik_jax.tree import Tree, schedule
+from tbik_jax.tree import Node, Schedule, Tree, schedule
 
 Array = jax.Array
+Dtype = np.dtype[Any]
 
 
 def column_parallel(
@@ -54,20 +56,21 @@ def column_parallel(
         ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
         NotImplementedError: the gradient of a packed weight.
     """
-    lead, k = x.shape[:-1], x.shape[-1]
+    lead, k, result = x.shape[:-1], x.shape[-1], jnp.dtype(dtype or x.dtype)
     rows = x.reshape(-1, k)
     if isinstance(w, PackedWeight):
         with Problems("dense.column_parallel") as problems:
             problems.check(
                 w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]"
             )
-        y = _packed_products(rows[:, None], w)[0]
+        y = _packed_products((Node(0, 1),), rows[:, None], w)[0]
     else:
         slots, tree = _cut("dense.column_parallel", w, 0, axis_name, contract, leaves)
         with Problems("dense.column_parallel") as problems:
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
-        y = _column(axis_name, tree, rows, w.reshape(slots, -1, k))
-    return _finish("dense.column_parallel", y, bias, dtype or x.dtype).reshape(*lead, -1)
+        of_product = jnp.dtype(jnp.float32) if bias is not None else result
+        y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
+    return _finish("dense.column_parallel", y, bias, result).reshape(*lead, -1)
 
 
 def row_parallel(
@@ -113,16 +116,25 @@ def row_parallel(
     k = w.k if isinstance(w, PackedWeight) else w.shape[-1]
     with Problems("dense.row_parallel") as problems:
         problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
-    products = _packed_products if isinstance(w, PackedWeight) else leaf_products
-    parts = products(x.reshape(-1, slots, k), w)
-    parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
-    if axis_name is None:
-        total = tree.reduce(list(parts), jnp.add)
-    elif scatter_dimension is None:
-        total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm)
+    # A rank's nodes are whole where all ranks have the same ones; else leaves leave the kernel, and the mesh adds them.
+    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
+    nodes = _relative(plan) if plan.is_uniform else tuple(Node(i, i + 1) for i in range(slots))
+    result = jnp.dtype(dtype or x.dtype)
+    of_product = result if axis_name is None and bias is None else jnp.dtype(jnp.float32)
+    rows = x.reshape(-1, slots, k)
+    if isinstance(w, PackedWeight):
+        parts = _packed_products(nodes, rows, w)
     else:
-        total = tree_psum_scatter(parts, axis_name, tree=tree, scatter_dimension=scatter_dimension, algorithm=algorithm)
-    return _finish("dense.row_parallel", total, bias, dtype or x.dtype)
+        parts = _node_products(nodes, of_product, result, rows, w)
+    parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
+    exchange = {"tree": tree, "algorithm": algorithm, "of_nodes": plan.is_uniform}
+    if axis_name is None:
+        total = parts[0]
+    elif scatter_dimension is None:
+        total = tree_psum(parts, axis_name, **exchange)
+    else:
+        total = tree_psum_scatter(parts, axis_name, scatter_dimension=scatter_dimension, **exchange)
+    return _finish("dense.row_parallel", total, bias, result)
 
 
 def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves: int = 1) -> Callable[..., Array]:
@@ -241,60 +253,83 @@ def _unknown_leaves(where: str, slots: int) -> ValueError:
     return ValueError(f"{where}: {slots} slots per rank do not say how many leaves all ranks hold; pass leaves=")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _column(axis_name: str | None, tree: Tree | None, x: Array, w: Array) -> Array:
-    """``x [M, K]`` invariant, ``w [slots, n, K]`` local -> ``[M, slots * n]`` f32."""
-    return matmul.leaf_products(x[:, None], w.reshape(1, -1, w.shape[-1]))[0]
+# Cotangents arrive in f32 but come from a value of the result's dtype: taking them back to it is exact, and products of
+# 16-bit operands are fast. Products already rounded to that dtype have such cotangents anyway.
 
 
-def _column_fwd(axis_name: str | None, tree: Tree | None, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _column(axis_name, tree, x, w), (x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _column(axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, x: Array, w: Array) -> Array:
+    """``x [M, K]`` invariant, ``w [slots, n, K]`` local -> ``[M, slots * n]``."""
+    return matmul.node_products(x[:, None], w.reshape(1, -1, w.shape[-1]), (Node(0, 1),), dtype=dtype)[0]
 
 
-def _column_bwd(axis_name: str | None, tree: Tree | None, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _column_fwd(
+    axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, x: Array, w: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _column(axis_name, tree, dtype, result, x, w), (x, w)
+
+
+def _column_bwd(
+    axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, w = saved
     slots, n, k = w.shape
     if tree is None:
         raise _unknown_leaves("dense.column_parallel, input gradient", slots)
-    parts = matmul.leaf_products(dy.reshape(-1, slots, n), w.swapaxes(1, 2))
-    dx = tree.reduce(list(parts), jnp.add) if axis_name is None else tree_psum(parts, axis_name, tree=tree)
-    dw = matmul.leaf_products(dy.T[:, None], vary_like(x, dy).T[None])[0]
+    dy = dy.astype(result)
+    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
+    nodes = _relative(plan) if plan.is_uniform else tuple(Node(i, i + 1) for i in range(slots))
+    of_product = x.dtype if axis_name is None else jnp.dtype(jnp.float32)
+    parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, transposed=True, dtype=of_product)
+    dx = parts[0] if axis_name is None else tree_psum(parts, axis_name, tree=tree, of_nodes=plan.is_uniform)
+    dw = matmul.weight_gradient(dy, vary_like(x, dy)[:, None])[0]
     return cast(vary_like(dx, x), x.dtype), cast(dw.reshape(slots, n, k), w.dtype)
 
 
 _column.defvjp(_column_fwd, _column_bwd)
 
 
-@jax.custom_vjp
-def leaf_products(x: Array, w: Array) -> Array:
-    """:func:`tbik_jax.kernels.matmul.leaf_products` with gradients of the same kind: chains over n and over m."""
-    return matmul.leaf_products(x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _node_products(nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, x: Array, w: Array) -> Array:
+    """:func:`tbik_jax.kernels.matmul.node_products` with gradients of the same kind: chains over n and over m."""
+    return matmul.node_products(x, w, nodes, dtype=dtype)
 
 
-def _leaf_products_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul.leaf_products(x, w), (x, w)
+def _node_products_fwd(
+    nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, x: Array, w: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _node_products(nodes, dtype, result, x, w), (x, w)
 
 
-def _leaf_products_bwd(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = saved  # [M, leaves, k], [leaves, N, k]; dy [leaves, M, N]
-    dx = matmul.leaf_products(dy.swapaxes(0, 1), w.swapaxes(1, 2)).swapaxes(0, 1)
-    dw = matmul.leaf_products(dy.transpose(2, 0, 1), x.transpose(1, 2, 0))
-    return cast(dx, x.dtype), cast(dw, w.dtype)
+def _node_products_bwd(
+    nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, w = saved  # [M, slots, k], [slots, N, k]; dy [nodes, M, N]
+    dx, dw = [], []
+    for node, of_node in zip(nodes, dy.astype(result), strict=True):
+        dx.append(matmul.input_gradient(of_node, w[node.start : node.stop]))
+        dw.append(matmul.weight_gradient(of_node, x[:, node.start : node.stop]))
+    return cast(jnp.concatenate(dx, axis=1), x.dtype), cast(jnp.concatenate(dw), w.dtype)
 
 
-leaf_products.defvjp(_leaf_products_fwd, _leaf_products_bwd)
+_node_products.defvjp(_node_products_fwd, _node_products_bwd)
 
 
-@jax.custom_vjp
-def _packed_products(x: Array, w: PackedWeight) -> Array:
-    return matmul.leaf_products(x, w)
+def _relative(plan: Schedule) -> tuple[Node, ...]:
+    """The nodes of a rank, as every rank of a uniform schedule has them, over its slots."""
+    return plan.rank_nodes[0]  # rank 0 holds the leaves from 0 on
 
 
-def _packed_fwd(x: Array, w: PackedWeight) -> tuple[Array, None]:
-    return matmul.leaf_products(x, w), None
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed_products(nodes: tuple[Node, ...], x: Array, w: PackedWeight) -> Array:
+    return matmul.node_products(x, w, nodes)
 
 
-def _packed_bwd(_: None, dy: Array) -> tuple[Any, Any]:
+def _packed_fwd(nodes: tuple[Node, ...], x: Array, w: PackedWeight) -> tuple[Array, None]:
+    return _packed_products(nodes, x, w), None
+
+
+def _packed_bwd(nodes: tuple[Node, ...], _: None, dy: Array) -> tuple[Any, Any]:
     raise NotImplementedError("packed weights are laid out for inference; differentiate with the [N, K] weight instead")
 
 
