@@ -413,7 +413,10 @@ def info(
         family = backend.family()
         if family == "cpu":
             cpu.self_test()
-        table.add_row("invariant numerics", f"supported: family {family!r}" + "; the products passed their self-test" * (family == "cpu"))
+        table.add_row(
+            "invariant numerics",
+            f"supported: family {family!r}" + "; the products passed their self-test" * (family == "cpu"),
+        )
     except (NotImplementedError, SelfTestError) as error:
         table.add_row("invariant numerics", f"not supported here: {error}")
     try:

@@ -127,9 +127,7 @@ def local_nodes(leaves: Array, axis_name: str, *, tree: Tree) -> Array:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str, of_nodes: bool = False
-) -> Schedule:
+def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str, of_nodes: bool = False) -> Schedule:
     ranks = axis_size(axis_name)
     with Problems(where) as problems:
         problems.check(
@@ -275,9 +273,7 @@ def _spread(plan: Schedule, axis_name: str, of_nodes: bool, cotangent: Array) ->
     return jnp.where(used.reshape(-1, *[1] * (cotangent.ndim - 1)), cotangent, 0.0)
 
 
-def _tree_psum_fwd(
-    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array
-) -> tuple[Array, None]:
+def _tree_psum_fwd(plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array) -> tuple[Array, None]:
     return _tree_psum(plan, axis_name, algorithm, of_nodes, values), None
 
 

@@ -60,7 +60,12 @@ def leaf_products(x: Array, w: Array | PackedWeight) -> Array:
 
 
 def node_products(
-    x: Array, w: Array | PackedWeight, nodes: Sequence[Node], *, transposed: bool = False, dtype: DTypeLike = jnp.float32
+    x: Array,
+    w: Array | PackedWeight,
+    nodes: Sequence[Node],
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """The products of the leaves, added to the nodes of a tree.
 

@@ -346,7 +346,8 @@ def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     for call in (backend.family, lambda: matmul.leaf_products(jnp.ones((2, 1, 8)), jnp.ones((1, 4, 8)))):
         with pytest.raises(
-            NotImplementedError, match=r"for CPUs and for Hopper GPUs .*, and the default backend is 'tpu'.*JAX_PLATFORMS=cpu"
+            NotImplementedError,
+            match=r"for CPUs and for Hopper GPUs .*, and the default backend is 'tpu'.*JAX_PLATFORMS=cpu",
         ):
             call()
 

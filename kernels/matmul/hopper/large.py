@@ -118,6 +118,7 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
 
 
 def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
+    """The layout in shared memory of tiles that many columns wide."""
     bytes_ = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * bytes_ * 8)
     return plgpu.TilingTransform((8, swizzle // bytes_)), plgpu.SwizzleTransform(swizzle)
@@ -139,7 +140,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     row_tiles = -(-problem.m // (block_rows * tiles.cluster))
     column_tiles = -(-problem.n // columns)
     storages = max(0, program.storages - 1)  # beyond registers
-    near, far = min(storages, tiles.near), max(0, storages - tiles.near)
+    near = min(storages, tiles.near)
     a_tile, b_tile = problem.a.tile(block_rows), problem.b.tile(columns)
 
     width = out_width(columns, problem.out_dtype, tiles.out_bytes)
@@ -148,15 +149,15 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     if tiles.cluster > 1:
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
 
-    scopes = dict(
-        a_smem=plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
-        b_smem=plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
-        out_smem=plgpu.SMEM(
+    scopes = {
+        "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
+        "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
+        "out_smem": plgpu.SMEM(
             (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
         ),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        empty=barrier(num_arrivals=2, num_barriers=stages),
-    )
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "empty": barrier(num_arrivals=2, num_barriers=stages),
+    }
     if near:
         scopes["near_smem"] = plgpu.SMEM((2, near, spill.words(ROWS, columns)), jnp.float32)
 
@@ -193,7 +194,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    where = dict(k=k, leaf=leaf, batch=batch)
+                    where = {"k": k, "leaf": leaf, "batch": batch}
                     plgpu.copy_gmem_to_smem(
                         problem.a.at(a_gmem, start=row, size=block_rows, **where), a_smem.at[slot], full.at[slot]
                     )
@@ -319,7 +320,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 elif program.is_chain:
                     # From -0, since -0 + x is x for every x: a first leaf of its own would be a second copy of the loop.
                     emit(
-                        jnp.int32(0), lax.fori_loop(0, program.leaves, lambda l, total: total + multiply(l), nothing())
+                        jnp.int32(0),
+                        lax.fori_loop(0, program.leaves, lambda leaf, total: total + multiply(leaf), nothing()),
                     )
                 elif program.storages == 0:
                     lax.fori_loop(0, program.leaves, after, None)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Operand, Problem, swizzled
 from tbik_jax.tree import Node
@@ -71,6 +71,7 @@ def _round_up(x: int, to: int) -> int:
 
 
 def tile_of(m: int, columns: int, swap: bool) -> _Tile:
+    """What a block of that many rows and columns holds."""
     return _Tile(m, columns, swap)
 
 
@@ -122,16 +123,15 @@ def _kernel(
     a_rows = tile.tokens if tiles.swap else tile.left_tiles * ROWS
     a_tile = _operand_tile(problem.a, a_rows, tiles.depth)
     b_tile = _operand_tile(problem.b, tiles.columns, tiles.depth)
-    scopes = dict(
+
+    @functools.partial(
+        pl.run_scoped,
         a_smem=plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
         b_smem=plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        parts_smem=plgpu.SMEM((mine * tile.words,), jnp.float32),
     )
-    if leaves > 1:
-        scopes["parts_smem"] = plgpu.SMEM((mine * tile.words,), jnp.float32)
-
-    @functools.partial(pl.run_scoped, **scopes)
-    def _(a_smem, b_smem, full, parts_smem=None):
+    def _(a_smem, b_smem, full, parts_smem):
         column = lax.axis_index("grid") * tiles.columns
         first_leaf = lax.axis_index("cluster") * mine
         zero = lax.axis_index("grid") * 0  # a start not known when compiled: rows behind m are then filled with zeros
@@ -179,10 +179,6 @@ def _kernel(
                 return tuple(acc[...] for acc in accs)
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, tile.right), jnp.float32)] * tile.left_tiles)
-
-        if leaves == 1:
-            _write(out_gmem, multiply(jnp.int32(0)), column, problem, tile)
-            return
 
         def leaf_body(leaf, _):
             _keep(parts_smem, multiply(leaf), leaf, tile)
@@ -263,21 +259,6 @@ def _store(base: Any, out_type: Any, value: Any, node: int, m: Any, n: Any, prob
         llvm.store(value, mgpu.utils.getelementptr(base, [offset], out_type))
 
 
-def _write(out_gmem: Ref, values: tuple[Array, ...], column: Array, problem: Problem, tile: _Tile) -> None:
-    """The only leaf straight from registers."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), *[plgpu.Layout.WGMMA] * len(values)))
-    def write(ctx: Any, out: Any, column: Any, *values: Any) -> None:
-        thread = _thread()
-        row, pair = _row(thread), _pair_column(thread)
-        for number, value in enumerate(values):
-            for j, quad in enumerate(_quads(value)):
-                place = arith.addi(row, _i32(ROWS * number)), arith.addi(pair, _i32(8 * j))
-                _put(out, 0, quad, *place, _scalar(column), problem, tile)
-
-    write(out_gmem, column, *values)
-
-
 def _pair_column(thread: Any) -> Any:
     return arith.muli(arith.remui(thread, _i32(4)), _i32(2))
 
@@ -288,7 +269,10 @@ def _quads(value: Any) -> list[Any]:
 
 
 def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: _Tile) -> None:
-    """Lay the values of one leaf down for the whole cluster."""
+    """Lay the values of one leaf down for the whole cluster.
+
+    A single leaf goes this way too: written straight from registers, ptxas would serialise the multiplications (C7514).
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), *[plgpu.Layout.WGMMA] * len(values)))
     def keep(ctx: Any, smem: Any, leaf: Any, *values: Any) -> None:
@@ -332,7 +316,7 @@ def _finish(
                 for r in range(split)
             ]
 
-        def value(leaf: int, quad: Any) -> Any:
+        def value(quad: Any, leaf: int) -> Any:
             """``quad`` counts the quads of a leaf; may differ from block to block."""
             words = arith.addi(arith.muli(quad, _i32(4 * tile.threads)), arith.muli(thread, _i32(4)))
             words = arith.addi(words, _i32((leaf % mine) * tile.words))
@@ -357,7 +341,7 @@ def _finish(
                         arith.addi(pair, arith.muli(arith.remui(quad, right), _i32(8))),
                     )
                     for number, node in enumerate(nodes):
-                        total = node.evaluate(lambda leaf: value(leaf, quad), arith.addf)
+                        total = node.evaluate(functools.partial(value, quad), arith.addf)
                         _put(out, number, total, *place, _scalar(column), problem, tile)
         if split > 1:
             _cluster_barrier()  # nobody leaves while others read its shared memory

@@ -67,7 +67,7 @@ def small_tiles(problem: Problem, nodes: int, blocks: int) -> SmallTiles | None:
         across = -(-problem.n // columns)
         split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
         tile = tile_of(problem.m, columns, swap)
-        waiting = 0 if leaves == 1 else (leaves // split) * tile.words * 4
+        waiting = (leaves // split) * tile.words * 4
         resident = min(2, max(1, -(-across * split // blocks)))
         room = _SHARED // resident - waiting
         depth = 256 if problem.m <= 32 and resident == 1 else 128 if problem.m <= 32 else 64
