@@ -94,7 +94,7 @@ class Problem:
 def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) -> Array:
     """``[nodes, batch, m, n]`` in the order of ``problem.out_axes``; ``blocks`` is how many the device runs at once."""
     # TMA writes whole swizzled tiles; what ragged sizes need beyond their own is cut off again.
-    width = out_width(tiles.columns, problem.out_dtype, tiles.out_bytes)
+    width = out_width(tiles.columns, problem.n, problem.out_dtype, tiles.out_bytes)
     sizes = {"s": len(problem.program.ends), "b": problem.batch, "m": problem.m, "n": problem.n}
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
@@ -124,13 +124,16 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
     return plgpu.TilingTransform((8, swizzle // bytes_)), plgpu.SwizzleTransform(swizzle)
 
 
-def out_width(columns: int, dtype: Any, most: int = 128) -> int:
-    """The widest swizzled piece of a row, in columns, that the tile is a multiple of: TMA wants it aligned to itself."""
-    for size in [size for size in (128, 64, 32) if size <= most]:
-        width = size // jnp.dtype(dtype).itemsize
-        if columns % width == 0:
-            return width
-    raise ValueError(f"a tile of results must be a multiple of 32 bytes wide, not {columns} columns of {dtype}")
+def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
+    """The widest swizzled piece of a row, in columns, that the tile is a multiple of: TMA wants it aligned to itself.
+
+    One that also divides ``n``, if there is any, spares the copy that cuts ragged results.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    widths = [size // itemsize for size in (128, 64, 32) if size <= most and columns % (size // itemsize) == 0]
+    if not widths:
+        raise ValueError(f"a tile of results must be a multiple of 32 bytes wide, not {columns} columns of {dtype}")
+    return next((width for width in widths if n % width == 0), widths[0])
 
 
 def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
@@ -143,7 +146,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     near = min(storages, tiles.near)
     a_tile, b_tile = problem.a.tile(block_rows), problem.b.tile(columns)
 
-    width = out_width(columns, problem.out_dtype, tiles.out_bytes)
+    width = out_width(columns, problem.n, problem.out_dtype, tiles.out_bytes)
 
     barrier: Callable[..., Any] = plgpu.Barrier
     if tiles.cluster > 1:

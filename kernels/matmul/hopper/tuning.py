@@ -39,31 +39,40 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
 
 def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     """As many stages as help; where the sums that wait are kept is what was faster on an H100 (docs/hopper.md)."""
-    out = 2 * ROWS * out_width(columns, problem.out_dtype) * jnp.dtype(problem.out_dtype).itemsize
+    # Two narrow pieces of wide tiles may leave at once, in the room of one.
+    out_bytes, out_slots = (64, 2) if columns >= 224 else (128, 1)
+    out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
+    out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * TILE_K * 2
-    storages, rows = problem.program.storages, -(-problem.m // (2 * ROWS))
-    if storages <= 1:
+    waits, rows = max(0, problem.program.storages - 1), -(-problem.m // (2 * ROWS))
+    leaving = {"out_bytes": out_bytes, "out_slots": out_slots}
+    if waits == 0:
         stages = min(4 if columns > 128 else 8, (_SHARED - out) // stage)
-        return Tiles(columns, stages) if stages >= 2 else None
+        return Tiles(columns, stages, **leaving) if stages >= 2 else None
     waiting = 2 * 4 * spill.words(ROWS, columns)
+    stages = (_SHARED - out - waits * waiting) // stage
+    if columns <= 64 and stages >= 4:
+        return Tiles(columns, min(8, stages), near=waits, **leaving)
     stages = min(4, (_SHARED - out - waiting) // stage)
-    if storages > 2 and problem.k < 1024 and stages >= 4:
-        return Tiles(columns, stages, near=1)
+    if waits > 1 and problem.k < 1024 and stages >= 4:
+        return Tiles(columns, stages, near=1, **leaving)
     # In device memory; two blocks then share the columns that they read, which keeps them together in the L2 cache.
     stages = min(5, (_SHARED - out) // stage)
-    return Tiles(columns, stages, near=0, cluster=2 if rows % 2 == 0 else 1) if stages >= 2 else None
+    return Tiles(columns, stages, near=0, cluster=2 if rows % 2 == 0 else 1, **leaving) if stages >= 2 else None
 
 
 def small_tiles(problem: Problem, nodes: int, blocks: int) -> SmallTiles | None:
     """Blocks for one wave at most, with all of shared memory; several per multiprocessor where there are more.
 
-    None where nothing fits: many leaves of many rows.
+    None where `large` does better, or nothing fits: many leaves of many rows.
     """
     leaves = problem.program.leaves
+    if problem.m > 64 and leaves > 1:
+        return None  # the sums of so many rows are better in the registers of the other kernel
     best = None
-    for swap, columns in ((True, 64), (False, 32), (False, 16)):
-        if not swap and (problem.m <= 32 or leaves > 1):
-            continue
+    for swap, columns in ((True, 64), (False, 64), (False, 32), (False, 16)):
+        if swap != (problem.m < 64 or leaves > 1) and not (32 < problem.m < 64 and leaves == 1):
+            continue  # with many rows the results of swapped operands leave in too small pieces
         across = -(-problem.n // columns)
         split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
         tile = tile_of(problem.m, columns, swap)
