@@ -95,7 +95,7 @@ def hopper(rows: list[dict[str, Any]]) -> str:
             leaves = "all"
         groups.setdefault((row["suite"], row["dtype"], row["tokens"], leaves), []).append(row)
     names = {"large": "many tokens", "small": "few tokens", "weight-gradient": "weight gradient"}
-    for (suite, dtype, tokens, leaves), some in groups.items():
+    for (suite, dtype, tokens, leaves), some in sorted(groups.items()):
         ratios = [row["ratio"] for row in some]
         mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
         equal = sum(row["bits"] == "equal" for row in some)

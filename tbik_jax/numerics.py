@@ -92,7 +92,7 @@ class Invariant(Numerics):
     algorithm: Algorithm = "auto"
     kind: ClassVar[Literal["invariant", "plain"]] = "invariant"
 
-    def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight:
+    def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight | Array:
         return matmul.pack(w.reshape(1, -1, w.shape[-1]) if kind == "column" else w)
 
     def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:

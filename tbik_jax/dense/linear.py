@@ -127,13 +127,19 @@ def row_parallel(
     else:
         parts = _node_products(nodes, of_product, result, rows, w)
     parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
-    exchange = {"tree": tree, "algorithm": algorithm, "of_nodes": plan.is_uniform}
     if axis_name is None:
         total = parts[0]
     elif scatter_dimension is None:
-        total = tree_psum(parts, axis_name, **exchange)
+        total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm, of_nodes=plan.is_uniform)
     else:
-        total = tree_psum_scatter(parts, axis_name, scatter_dimension=scatter_dimension, **exchange)
+        total = tree_psum_scatter(
+            parts,
+            axis_name,
+            tree=tree,
+            scatter_dimension=scatter_dimension,
+            algorithm=algorithm,
+            of_nodes=plan.is_uniform,
+        )
     return _finish("dense.row_parallel", total, bias, result)
 
 
