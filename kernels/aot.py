@@ -156,7 +156,7 @@ def _device() -> Any:
 
     _need_ptxas()
     os.environ.setdefault(_SKIP_CUPTI, "1")
-    if not jax.config.jax_platforms:
+    if not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=_H100).devices[0]
