@@ -27,8 +27,6 @@ from tbik_jax.kernels.matmul.hopper.program import Program
 Array = jax.Array
 Ref = Any
 
-#: Contraction per stage of the ring: one 128-byte swizzled row of 16-bit values.
-TILE_K = 64
 ROWS = 64
 
 
@@ -38,16 +36,19 @@ class Tiles:
 
     Attributes:
         columns: Columns of a block's tile, 8 to 256 in steps of 8; with leaves to add at most 216, which fit in registers.
+        depth: Contraction per stage, 64 or 32. Of the ring, a computing warpgroup holds two stages; shallow ones hold less.
         stages: Slots of the ring.
         cluster: Blocks that share columns by multicast, 1 or 2.
         near: Storages of waiting sums (beyond registers) that are in shared memory; the others are in device memory.
         band: Width of the bands in which the grid walks the tiles, for the L2 cache.
         out_bytes: The most bytes of a row in one such piece: 128, 64 or 32.
-        out_slots: How many pieces of the results may be on their way through shared memory.
+        out_slots: How many pieces of the results may be on their way through shared memory; all of them leave at once if there
+            is room for all.
     """
 
     columns: int = 192
     stages: int = 4
+    depth: int = 64
     cluster: int = 1
     near: int = 1
     band: int = 8
@@ -67,11 +68,11 @@ class Operand:
         """Whether k is the fast one of the tile's two dimensions."""
         return self.axes.index("k") > self.axes.index(self.free)
 
-    def tile(self, size: int) -> tuple[int, int]:
-        return (size, TILE_K) if self.k_major else (TILE_K, size)
+    def tile(self, size: int, depth: int) -> tuple[int, int]:
+        return (size, depth) if self.k_major else (depth, size)
 
-    def at(self, ref: Ref, *, start: Any, size: int, k: Any, leaf: Any, batch: Any) -> Ref:
-        where = {self.free: pl.ds(start, size), "k": pl.ds(k, TILE_K), "l": leaf, "b": batch}
+    def at(self, ref: Ref, *, start: Any, size: int, k: Any, depth: int, leaf: Any, batch: Any) -> Ref:
+        where = {self.free: pl.ds(start, size), "k": pl.ds(k, depth), "l": leaf, "b": batch}
         return ref.at[tuple(where[axis] for axis in self.axes)]
 
 
@@ -139,12 +140,12 @@ def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
 def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
     program, columns, stages = problem.program, tiles.columns, tiles.stages
     block_rows = 2 * ROWS
-    steps = -(-problem.k // TILE_K)  # per leaf
+    steps = -(-problem.k // tiles.depth)  # per leaf
     row_tiles = -(-problem.m // (block_rows * tiles.cluster))
     column_tiles = -(-problem.n // columns)
     storages = max(0, program.storages - 1)  # beyond registers
     near = min(storages, tiles.near)
-    a_tile, b_tile = problem.a.tile(block_rows), problem.b.tile(columns)
+    a_tile, b_tile = problem.a.tile(block_rows, tiles.depth), problem.b.tile(columns, tiles.depth)
 
     width = out_width(columns, problem.n, problem.out_dtype, tiles.out_bytes)
 
@@ -153,8 +154,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
 
     scopes = {
-        "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
-        "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(64, problem.dtype)),
+        "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(tiles.depth, problem.dtype)),
+        "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(tiles.depth, problem.dtype)),
         "out_smem": plgpu.SMEM(
             (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
         ),
@@ -189,7 +190,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
             def load_tile(batch, row, column, first_step):
                 def load(index, _):
                     leaf = lax.div(index, jnp.int32(steps))
-                    k = lax.rem(index, jnp.int32(steps)) * TILE_K
+                    k = lax.rem(index, jnp.int32(steps)) * tiles.depth
                     step = first_step + index
                     slot = lax.rem(step, jnp.int32(stages))
 
@@ -197,7 +198,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    where = {"k": k, "leaf": leaf, "batch": batch}
+                    where = {"k": k, "depth": tiles.depth, "leaf": leaf, "batch": batch}
                     plgpu.copy_gmem_to_smem(
                         problem.a.at(a_gmem, start=row, size=block_rows, **where), a_smem.at[slot], full.at[slot]
                     )
@@ -263,11 +264,19 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     )
                     value = value.astype(problem.out_dtype)
                     where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
-                    for number, start in enumerate(range(0, columns, width)):
-                        slot = out_smem.at[wg, number % tiles.out_slots]
-                        plgpu.wait_smem_to_gmem(tiles.out_slots - 1, wait_read_only=True)
-                        slot[...] = value[:, start : start + width]
+                    starts = range(0, columns, width)
+                    at_once = tiles.out_slots >= len(starts)
+                    if at_once:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        for number, start in enumerate(starts):
+                            out_smem[wg, number] = value[:, start : start + width]
                         plgpu.commit_smem()
+                    for number, start in enumerate(starts):
+                        slot = out_smem.at[wg, number % tiles.out_slots]
+                        if not at_once:
+                            plgpu.wait_smem_to_gmem(tiles.out_slots - 1, wait_read_only=True)
+                            slot[...] = value[:, start : start + width]
+                            plgpu.commit_smem()
                         where["n"] = pl.ds(column + start, width)
                         plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
 

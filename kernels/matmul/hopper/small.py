@@ -121,8 +121,8 @@ def _kernel(
     total = mine * steps
     stages = min(tiles.stages, total)
     a_rows = tile.tokens if tiles.swap else tile.left_tiles * ROWS
-    a_tile = _operand_tile(problem.a, a_rows, tiles.depth)
-    b_tile = _operand_tile(problem.b, tiles.columns, tiles.depth)
+    a_tile = problem.a.tile(a_rows, tiles.depth)
+    b_tile = problem.b.tile(tiles.columns, tiles.depth)
 
     @functools.partial(
         pl.run_scoped,
@@ -186,10 +186,6 @@ def _kernel(
 
         lax.fori_loop(0, mine, leaf_body, None) if mine > 1 else leaf_body(jnp.int32(0), None)
         _finish(parts_smem, out_gmem, column, lax.axis_index("cluster"), problem, nodes, tiles, tile)
-
-
-def _operand_tile(operand: Operand, size: int, depth: int) -> tuple[int, int]:
-    return (size, depth) if operand.k_major else (depth, size)
 
 
 def _rows_by_k(operand: Operand, ref: Ref) -> Ref:

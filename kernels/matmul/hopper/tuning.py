@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import spill
-from tbik_jax.kernels.matmul.hopper.large import ROWS, TILE_K, Problem, Tiles, out_width
+from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, tile_of
 
 #: Shared memory of a block, less what the barriers take.
@@ -43,7 +43,7 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     out_bytes, out_slots = (64, 2) if columns >= 224 else (128, 1)
     out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
-    stage = (2 * ROWS + columns) * TILE_K * 2
+    stage = (2 * ROWS + columns) * 64 * 2
     waits, rows = max(0, problem.program.storages - 1), -(-problem.m // (2 * ROWS))
     leaving = {"out_bytes": out_bytes, "out_slots": out_slots}
     if waits == 0:
