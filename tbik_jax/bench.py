@@ -11,7 +11,6 @@ everything is compiled before.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import os
@@ -239,8 +238,6 @@ class Hopper(Device):
         return self._multiply(product.spec, a.reshape(of_a), b.reshape(of_b), nodes, dtype=jnp.dtype(dtype))
 
     def time(self, programs: dict[str, Run], repeat: int) -> dict[str, tuple[list[float], list[str]]]:
-        from jax.experimental.mosaic.gpu import profiler
-
         times: dict[str, list[float]] = {name: [] for name in programs}
         kernels: dict[str, list[str]] = {name: [] for name in programs}
         for turn in range(2):
@@ -249,18 +246,30 @@ class Hopper(Device):
                 if not each:
                     continue
                 run = programs[name]
-                runs: Any = None
-                runs = None
-                for attempt in range(3):
-                    with contextlib.suppress(*[RuntimeError] * (attempt < 2)):  # kernels of a compilation beside it
-                        _, runs = profiler.measure(run.compiled, aggregate=False, iterations=each)(*run.arguments)
-                        break
+                runs = _profiled(run, each)
                 if not runs:
                     raise RuntimeError(f"CUPTI saw no kernel of {name}; is another profiler attached?")
                 for launched in runs if each > 1 else [runs]:
                     times[name].append(sum(taken for _, taken in launched))
                     kernels[name] = list(dict.fromkeys(kernel[:60] for kernel, _ in launched))
         return {name: (times[name], kernels[name]) for name in programs}
+
+
+def _profiled(run: Run, times: int, attempts: int = 3) -> Any:
+    """The kernels of so many runs, as CUPTI saw them.
+
+    A program that compiles in another thread may launch kernels too. Runs that differ in their kernels betray it, and are
+    done again.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    measured = profiler.measure(run.compiled, aggregate=False, iterations=times)
+    for _ in range(attempts - 1):
+        try:
+            return measured(*run.arguments)[1]
+        except RuntimeError:
+            continue
+    return measured(*run.arguments)[1]
 
 
 def device(baseline: str = "cublas") -> Device:

@@ -35,15 +35,15 @@ class Tiles:
     """Performance-only settings of :func:`product`; no bit depends on any of them.
 
     Attributes:
-        columns: Columns of a block's tile, 8 to 256 in steps of 8; with leaves to add at most 216, which fit in registers.
+        columns: Columns of a block's tile, up to 256 in steps of 32 bytes of results; with leaves to add at most 208, since two
+            such tiles must fit in registers. Of 64, or of ``depth``, where the columns are the fast dimension of ``b``.
         depth: Contraction per stage, 64 or 32. Of the ring, a computing warpgroup holds two stages; shallow ones hold less.
         stages: Slots of the ring.
         cluster: Blocks that share columns by multicast, 1 or 2.
         near: Storages of waiting sums (beyond registers) that are in shared memory; the others are in device memory.
         band: Width of the bands in which the grid walks the tiles, for the L2 cache.
-        out_bytes: The most bytes of a row in one such piece: 128, 64 or 32.
-        out_slots: How many pieces of the results may be on their way through shared memory; all of them leave at once if there
-            is room for all.
+        out_bytes: Results leave through shared memory in pieces of at most so many bytes of a row: 128, 64 or 32.
+        out_slots: How many pieces may be on their way; all of them leave at once if there is room for all.
     """
 
     columns: int = 192
@@ -100,10 +100,9 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
     grid = blocks // tiles.cluster
-    far = max(0, problem.program.storages - 1 - tiles.near)
-    scratch = jax.ShapeDtypeStruct(
-        (grid * tiles.cluster, 2, max(far, 1), spill.words(ROWS, tiles.columns)), jnp.float32
-    )
+    far = problem.program.storages - 1 - tiles.near
+    waiting = (grid * tiles.cluster, 2, far, spill.words(ROWS, tiles.columns)) if far > 0 else (1, 1, 1, 4)
+    scratch = jax.ShapeDtypeStruct(waiting, jnp.float32)
     result, _ = plgpu.kernel(
         functools.partial(_kernel, problem=problem, tiles=tiles),
         out_type=(out, scratch),

@@ -23,6 +23,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Operand, Problem, swizzled
 from tbik_jax.tree import Node
 
@@ -70,13 +71,8 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def tile_of(m: int, columns: int, swap: bool) -> _Tile:
-    """What a block of that many rows and columns holds."""
-    return _Tile(m, columns, swap)
-
-
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """The tile of a block as the tensor cores see it: ``left`` rows in tiles of 64, ``right`` columns in blocks of 8."""
 
     m: int
@@ -116,7 +112,7 @@ def _kernel(
 ) -> None:
     leaves = problem.program.leaves
     mine = leaves // tiles.split
-    tile = _Tile(problem.m, tiles.columns, tiles.swap)
+    tile = Tile(problem.m, tiles.columns, tiles.swap)
     steps = -(-problem.k // tiles.depth)
     total = mine * steps
     stages = min(tiles.stages, total)
@@ -213,15 +209,11 @@ def _row(thread: Any) -> Any:
     return arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4)))
 
 
-def _if(condition: Any) -> Any:
-    return mgpu.utils.when(condition)
-
-
 def _less(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
-def _put(out: Any, node: int, quad: Any, row: Any, column: Any, first: Any, problem: Problem, tile: _Tile) -> None:
+def _put(out: Any, node: int, quad: Any, row: Any, column: Any, first: Any, problem: Problem, tile: Tile) -> None:
     """Cast and write a quad, whose first element is at ``(row, column)`` of the block's tile, where the result has it."""
     out_type = mgpu.utils.dtype_to_ir_type(jnp.dtype(problem.out_dtype))
     base = mgpu.utils.memref_ptr(out)
@@ -249,7 +241,7 @@ def _put(out: Any, node: int, quad: Any, row: Any, column: Any, first: Any, prob
 
 def _store(base: Any, out_type: Any, value: Any, node: int, m: Any, n: Any, problem: Problem) -> None:
     """One value, or two neighbours, whose columns are both inside or both outside."""
-    with _if(arith.andi(_less(m, _i32(problem.m)), _less(n, _i32(problem.n)))):
+    with mgpu.utils.when(arith.andi(_less(m, _i32(problem.m)), _less(n, _i32(problem.n)))):
         offset = arith.addi(arith.muli(m, _i32(problem.n)), n)
         offset = arith.addi(offset, _i32(node * problem.m * problem.n))
         llvm.store(value, mgpu.utils.getelementptr(base, [offset], out_type))
@@ -259,12 +251,7 @@ def _pair_column(thread: Any) -> Any:
     return arith.muli(arith.remui(thread, _i32(4)), _i32(2))
 
 
-def _quads(value: Any) -> list[Any]:
-    pairs = list(value.registers.flat)
-    return [vector.shuffle(pairs[i], pairs[i + 1], [0, 1, 2, 3]) for i in range(0, len(pairs), 2)]
-
-
-def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: _Tile) -> None:
+def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: Tile) -> None:
     """Lay the values of one leaf down for the whole cluster.
 
     A single leaf goes this way too: written straight from registers, ptxas would serialise the multiplications (C7514).
@@ -277,8 +264,8 @@ def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: _Tile) 
         base = mgpu.utils.memref_ptr(smem)
         offset = arith.addi(arith.muli(_scalar(leaf), _i32(tile.words)), arith.muli(thread, _i32(4)))
         base = mgpu.utils.getelementptr(base, [offset], f32)
-        with _if(_less(thread, _i32(tile.threads))):
-            for i, quad in enumerate(quad for value in values for quad in _quads(value)):
+        with mgpu.utils.when(_less(thread, _i32(tile.threads))):
+            for i, quad in enumerate(quad for value in values for quad in spill.quads(value)):
                 llvm.store(quad, mgpu.utils.getelementptr(base, [4 * tile.threads * i], f32), alignment=16)
 
     keep(parts_smem, leaf, *values)
@@ -292,7 +279,7 @@ def _finish(
     problem: Problem,
     nodes: tuple[Node, ...],
     tiles: SmallTiles,
-    tile: _Tile,
+    tile: Tile,
 ) -> None:
     """The tree over the leaf values of the cluster's blocks; block r finishes every split-th quad from r on."""
     split, mine = tiles.split, problem.program.leaves // tiles.split
@@ -328,10 +315,10 @@ def _finish(
             return vector.from_elements(quad_type, list(found))
 
         right = _i32(tile.right // 8)
-        with _if(_less(thread, _i32(tile.threads))):
+        with mgpu.utils.when(_less(thread, _i32(tile.threads))):
             for i in range(0, tile.quads, split):
                 quad = arith.addi(rank, _i32(i))
-                with _if(_less(quad, _i32(tile.quads))):
+                with mgpu.utils.when(_less(quad, _i32(tile.quads))):
                     place = (
                         arith.addi(row, arith.muli(arith.divui(quad, right), _i32(ROWS))),
                         arith.addi(pair, arith.muli(arith.remui(quad, right), _i32(8))),

@@ -29,9 +29,9 @@ def store(ref: Any, value: Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def write(ctx: Any, ref: Any, value: Any) -> None:
-        pairs = list(value.registers.flat)
-        for i, address in enumerate(_addresses(ref, len(pairs))):
-            llvm.store(_join(pairs[2 * i : 2 * i + 2]), address, alignment=16)
+        values = quads(value)
+        for address, quad in zip(_addresses(ref, len(values)), values, strict=True):
+            llvm.store(quad, address, alignment=16)
 
     write(ref, value)
 
@@ -44,12 +44,11 @@ def load_add(ref: Any, value: Array) -> Array:
         return_type=plgpu.ShapeDtypeStruct(value.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def read(ctx: Any, ref: Any, value: Any) -> Any:
-        pairs = list(value.registers.flat)
-        total = []
-        for i, address in enumerate(_addresses(ref, len(pairs))):
-            mine = pairs[2 * i : 2 * i + 2]
-            quad = llvm.load(ir.VectorType.get((2 * len(mine),), ir.F32Type.get()), address, alignment=16)
-            for j, pair in enumerate(mine):
+        pairs, total = list(value.registers.flat), []
+        quad_type = ir.VectorType.get((4,), ir.F32Type.get())
+        for i, address in enumerate(_addresses(ref, len(pairs) // 2)):
+            quad = llvm.load(quad_type, address, alignment=16)
+            for j, pair in enumerate(pairs[2 * i : 2 * i + 2]):
                 waiting = vector.extract_strided_slice(pair.type, quad, [2 * j], [2], [1])
                 total.append(arith.addf(waiting, pair))
         registers = value.registers.copy()
@@ -59,16 +58,16 @@ def load_add(ref: Any, value: Array) -> Array:
     return read(ref, value)
 
 
-def _addresses(ref: Any, pairs: int) -> list[Any]:
+def quads(value: Any) -> list[Any]:
+    """A thread's values of an accumulator by fours: two rows, 8 apart, of two neighbouring columns."""
+    pairs = list(value.registers.flat)
+    return [vector.shuffle(pairs[i], pairs[i + 1], [0, 1, 2, 3]) for i in range(0, len(pairs), 2)]
+
+
+def _addresses(ref: Any, quads: int) -> list[Any]:
     utils = mgpu.utils
     i32 = ir.IntegerType.get_signless(32)
     base = utils.memref_ptr(ref)
     thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
     mine = utils.getelementptr(base, [arith.muli(thread, utils.c(4, i32))], ir.F32Type.get())
-    return [utils.getelementptr(mine, [4 * _THREADS * i], ir.F32Type.get()) for i in range(-(-pairs // 2))]
-
-
-def _join(pairs: list[Any]) -> Any:
-    if len(pairs) == 1:
-        return pairs[0]
-    return vector.shuffle(pairs[0], pairs[1], [0, 1, 2, 3])
+    return [utils.getelementptr(mine, [4 * _THREADS * i], ir.F32Type.get()) for i in range(quads)]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
-from tbik_jax.kernels.matmul.hopper.small import SmallTiles, tile_of
+from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
 #: Shared memory of a block, less what the barriers take.
 _SHARED = 232_448 - 6 * 1024
@@ -75,7 +75,7 @@ def small_tiles(problem: Problem, nodes: int, blocks: int) -> SmallTiles | None:
             continue  # with many rows the results of swapped operands leave in too small pieces
         across = -(-problem.n // columns)
         split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
-        tile = tile_of(problem.m, columns, swap)
+        tile = Tile(problem.m, columns, swap)
         waiting = (leaves // split) * tile.words * 4
         resident = min(2, max(1, -(-across * split // blocks)))
         room = _SHARED // resident - waiting
