@@ -21,6 +21,7 @@ from tbik_jax.numerics import Numerics
 SMALL = dataclasses.replace(
     TINY, hidden_size=48, intermediate_size=80, head_dim=8, num_layers=2, max_position_embeddings=256
 )
+BIASED = dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True)
 
 
 @cache

@@ -246,6 +246,18 @@ def test_the_weight_gradient_at_round_sizes(rng, tokens, k, n):
     assert_bitwise_equal(run(8), run(1))
 
 
+def test_twin_a_plain_weight_gradient_at_a_round_size(rng):
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((200, 512), (256, 512), (200, 256)))
+
+    def gradient(x, w, dy):
+        return jax.vjp(lambda w: jnp.dot(x, w.T), w)[1](dy)[0]
+
+    def run(ranks):
+        return jax.jit(sharded(gradient, ranks, (P(), P("tp"), P(None, "tp")), P("tp")))(x, w, dy)
+
+    assert (bits(run(8)) != bits(run(1))).any()
+
+
 @pytest.mark.invariance
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 @pytest.mark.parametrize("m", [1, 65])

@@ -10,9 +10,10 @@ import pytest
 from tbik_jax.engine import Generator, make_mesh
 from tbik_jax.models.loading import load
 from tbik_jax.models.open import open_model
+from tbik_jax.models.random import RandomSource
 from tbik_jax.numerics import Numerics
-from tests.generators import smollm2
-from tests.models.checkpoints import FIXTURES
+from tests.generators import BIASED, generator, prompts, smollm2
+from tests.models.checkpoints import FIXTURES, forward
 
 NAMES = ("tiny-llama", "tiny-mistral", "tiny-qwen3")
 
@@ -70,6 +71,14 @@ def test_logits_in_bfloat16():
     wanted = golden("tiny-mistral")["logits64"]
     error = np.sqrt(np.mean((logits - wanted) ** 2)) / wanted.std()
     assert TOLERANCE < error < TOLERANCE_BF16
+
+
+def test_logits_with_biases():
+    """No golden has biases; the oracle is float64, and 1e-5 some hundred units in the last place of a logit near 1."""
+    some = prompts(5, 140, 23)
+    for logits, prompt in zip(generator(BIASED).score(some), some, strict=True):
+        exact = forward(RandomSource(BIASED), BIASED, np.array([prompt]))[0]
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-5)
 
 
 def test_the_config_as_transformers_4_wrote_it(tmp_path):

@@ -20,8 +20,7 @@ from tbik_jax.models.random import RandomSource
 from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
 from tbik_jax.testing import assert_bitwise_equal, digest
-from tests.generators import SMALL, generator, prompts, smollm2
-from tests.models.checkpoints import forward
+from tests.generators import BIASED, SMALL, generator, prompts, smollm2
 
 pytestmark = pytest.mark.invariance
 
@@ -82,7 +81,6 @@ QWEN3 = dataclasses.replace(
     tie_word_embeddings=False,
     vocab_size=263,
 )
-BIASED = dataclasses.replace(SMALL, attention_bias=True, mlp_bias=True)
 
 
 def test_qwen3_on_up_to_sixteen_ranks_with_an_untied_head_and_a_ragged_vocabulary():
@@ -96,10 +94,6 @@ def test_qwen3_on_up_to_sixteen_ranks_with_an_untied_head_and_a_ragged_vocabular
 
 def test_biases():
     want = generator(BIASED).score(PROMPTS)
-    for logits, prompt in zip(want, PROMPTS, strict=True):
-        # No golden has biases; the oracle is float64, and 1e-5 some hundred units in the last place of a logit near 1.
-        exact = forward(RandomSource(BIASED), BIASED, np.array([prompt]))[0]
-        np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-5)
     assert_bitwise_equal(generator(BIASED, 8).score(PROMPTS), want, "logits on 8 ranks")
 
 

@@ -111,7 +111,7 @@ def product(
     if tiles is None:
         plain = of_out == "mn" and left.k_major and right.k_major
         if plain and problem.m <= tuning.SMALL_ROWS:
-            tiles = tuning.small_tiles(problem, len(nodes), blocks)
+            tiles = tuning.small_tiles(problem, blocks)
         tiles = tiles or tuning.large_tiles(problem, blocks)
     if isinstance(tiles, SmallTiles):
         out = small.product(problem, tuple(nodes), tiles, a, b)

@@ -61,7 +61,7 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     return Tiles(columns, stages, near=0, cluster=2 if rows % 2 == 0 else 1, **leaving) if stages >= 2 else None
 
 
-def small_tiles(problem: Problem, nodes: int, blocks: int) -> SmallTiles | None:
+def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     """Blocks for one wave at most, with all of shared memory; several per multiprocessor where there are more.
 
     None where `large` does better, or nothing fits: many leaves of many rows.
