@@ -116,9 +116,7 @@ def row_parallel(
     k = w.k if isinstance(w, PackedWeight) else w.shape[-1]
     with Problems("dense.row_parallel") as problems:
         problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
-    # A rank's nodes are whole where all ranks have the same ones; else leaves leave the kernel, and the mesh adds them.
-    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
-    nodes = _relative(plan) if plan.is_uniform else tuple(Node(i, i + 1) for i in range(slots))
+    plan, nodes = _local_nodes(tree, axis_name)
     result = jnp.dtype(dtype or x.dtype)
     of_product = result if axis_name is None and bias is None else jnp.dtype(jnp.float32)
     rows = x.reshape(-1, slots, k)
@@ -283,8 +281,7 @@ def _column_bwd(
     if tree is None:
         raise _unknown_leaves("dense.column_parallel, input gradient", slots)
     dy = dy.astype(result)
-    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
-    nodes = _relative(plan) if plan.is_uniform else tuple(Node(i, i + 1) for i in range(slots))
+    plan, nodes = _local_nodes(tree, axis_name)
     of_product = x.dtype if axis_name is None else jnp.dtype(jnp.float32)
     parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, transposed=True, dtype=of_product)
     dx = parts[0] if axis_name is None else tree_psum(parts, axis_name, tree=tree, of_nodes=plan.is_uniform)
@@ -321,9 +318,15 @@ def _node_products_bwd(
 _node_products.defvjp(_node_products_fwd, _node_products_bwd)
 
 
-def _relative(plan: Schedule) -> tuple[Node, ...]:
-    """The nodes of a rank, as every rank of a uniform schedule has them, over its slots."""
-    return plan.rank_nodes[0]  # rank 0 holds the leaves from 0 on
+def _local_nodes(tree: Tree, axis_name: str | None) -> tuple[Schedule, tuple[Node, ...]]:
+    """What a rank's product leaves the kernel as, over its slots.
+
+    Whole nodes where all ranks have the same ones: those of rank 0, which holds the leaves from 0 on. Else leaves, and the
+    mesh adds them.
+    """
+    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
+    leaves = tuple(Node(i, i + 1) for i in range(plan.slots))
+    return plan, plan.rank_nodes[0] if plan.is_uniform else leaves
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,6 +18,7 @@ from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
 from tbik_jax.dense.linear import column_parallel
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import cast, product, tree_sum
@@ -122,7 +123,9 @@ def _embedding_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array
     tokens, table = saved
     index, mine = _local_index(vocabulary, tokens.reshape(-1))
     dy = jnp.where(mine[:, None], dy.reshape(index.shape[0], -1).astype(jnp.float32), 0.0)
-    # XLA:CPU applies updates one after another, in token order; a foreign token adds +0 to a row of its own.
+    # XLA:CPU applies updates one after another, in token order; a foreign token adds +0 to a row of its own. Elsewhere they
+    # may be atomic, in the order of the moment.
+    backend.require_cpu("the gradient of embedding")
     index = jnp.where(mine, index, table.shape[0])
     total = jnp.zeros((table.shape[0] + 1, table.shape[1]), jnp.float32)
     total = vary(total, *jax.typeof(dy).manual_axis_type.varying)

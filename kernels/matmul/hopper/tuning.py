@@ -69,10 +69,13 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     leaves = problem.program.leaves
     if problem.m > 64 and leaves > 1:
         return None  # the sums of so many rows are better in the registers of the other kernel
+    swapped, straight = ((True, 64),), ((False, 64), (False, 32), (False, 16))
+    if leaves > 1 or problem.m <= 32:
+        forms: tuple[tuple[bool, int], ...] = swapped
+    else:  # of many rows the results of swapped operands leave in too small pieces
+        forms = straight if problem.m >= 64 else swapped + straight
     best = None
-    for swap, columns in ((True, 64), (False, 64), (False, 32), (False, 16)):
-        if swap != (problem.m < 64 or leaves > 1) and not (32 < problem.m < 64 and leaves == 1):
-            continue  # with many rows the results of swapped operands leave in too small pieces
+    for swap, columns in forms:
         across = -(-problem.n // columns)
         split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
         tile = Tile(problem.m, columns, swap)
