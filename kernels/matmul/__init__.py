@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from tbik_jax.kernels.matmul.cpu import PackedWeight
 from tbik_jax.tree import Node
 
 __all__ = [
+    "Layout",
     "PackedWeight",
     "SelfTestError",
     "input_gradient",
@@ -35,6 +37,10 @@ __all__ = [
 
 Array = jax.Array
 
+#: How a weight is stored: leaves, outputs, contraction. ``"nlk"`` is ``[N, K]`` with K cut in leaves, ``"lkn"`` so is ``[K, N]``.
+Layout = Literal["lnk", "nlk", "lkn"]
+
+_NAMES = {"l": "leaves", "n": "N", "k": "k"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,16 +70,16 @@ def node_products(
     w: Array | PackedWeight,
     nodes: Sequence[Node],
     *,
-    transposed: bool = False,
+    layout: Layout = "lnk",
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """The products of the leaves, added to the nodes of a tree.
 
     Args:
         x: ``[M, leaves, k]``.
-        w: ``[leaves, N, k]``, or ``[leaves, k, N]`` if ``transposed``, or packed.
+        w: ``[leaves, N, k]``, or as ``layout`` says, or packed.
         nodes: They cover the leaves, in order.
-        transposed: How ``w`` is stored; no bit depends on it.
+        layout: How ``w`` is stored; no bit depends on it, and a Hopper GPU copies none of them.
         dtype: Of the result, rounded to once. Nodes that are still to be added to others stay f32.
 
     Returns:
@@ -81,32 +87,41 @@ def node_products(
 
     Guarantee: as :func:`leaf_products`; a node's value is that of adding the leaves one by one.
     """
-    _check("node_products", x, w, transposed=transposed)
+    _check("node_products", x, w, layout=layout)
     if _family() == "sm90":
-        return _hopper("mlk,lkn->mn" if transposed else "mlk,lnk->mn", x, w, nodes, dtype)
-    leaves = one_by_one(cpu.leaf_products)(x, w.swapaxes(1, 2) if transposed and not isinstance(w, PackedWeight) else w)
+        return _hopper(f"mlk,{layout}->mn", x, w, nodes, dtype)
+    leaves = one_by_one(cpu.leaf_products)(x, w if isinstance(w, PackedWeight) else _by_leaf(w, layout))
     if len(nodes) < leaves.shape[0]:
         leaves = exact.rounded(leaves)
         leaves = jnp.stack([node.evaluate(lambda i: leaves[i], jnp.add) for node in nodes])
     return exact.cast(leaves, dtype)
 
 
-def input_gradient(dy: Array, w: Array) -> Array:
-    """``dx[m, l, k] = sum_n dy[m, n] * w[l, n, k]``: one leaf over n. ``dy [M, N]``, ``w [leaves, N, k]``; f32."""
+def input_gradient(dy: Array, w: Array, *, layout: Layout = "lnk") -> Array:
+    """``dx[m, l, k] = sum_n dy[m, n] * w[l, n, k]``: one leaf over n. ``dy [M, N]``, ``w`` as stored; f32 ``[M, leaves, k]``."""
     if _family() == "sm90":
-        return _hopper("mk,bkn->mbn", dy, w, (Node(0, 1),), jnp.float32)[0]
+        stored = layout.translate(str.maketrans("lnk", "bkn"))  # the letters of a product over n
+        return _hopper(f"mk,{stored}->mbn", dy, w, (Node(0, 1),), jnp.float32)[0]
+    w = _by_leaf(w, layout)
     leaves, n, _ = w.shape
     dy = jnp.broadcast_to(dy[:, None], (dy.shape[0], leaves, n))
     return one_by_one(cpu.leaf_products)(dy, w.swapaxes(1, 2)).swapaxes(0, 1)
 
 
-def weight_gradient(dy: Array, x: Array) -> Array:
-    """``dw[l, n, k] = sum_m dy[m, n] * x[m, l, k]``: one leaf over the rows. ``dy [M, N]``, ``x [M, leaves, k]``; f32."""
+def weight_gradient(dy: Array, x: Array, *, layout: Layout = "lnk") -> Array:
+    """``dw[l, n, k] = sum_m dy[m, n] * x[m, l, k]``: one leaf over the rows. ``dy [M, N]``, ``x [M, leaves, k]``; f32, laid out as
+    the weight."""
     if _family() == "sm90":
-        return _hopper("km,kbn->bmn", dy, x, (Node(0, 1),), jnp.float32)[0]
+        stored = layout.translate(str.maketrans("lnk", "bmn"))
+        return _hopper(f"km,kbn->{stored}", dy, x, (Node(0, 1),), jnp.float32)[0]
     m, leaves, _ = x.shape
     dy = jnp.broadcast_to(dy.T[:, None], (dy.shape[1], leaves, m))
-    return one_by_one(cpu.leaf_products)(dy, x.transpose(1, 2, 0))
+    dw = one_by_one(cpu.leaf_products)(dy, x.transpose(1, 2, 0))
+    return dw.transpose(["lnk".index(axis) for axis in layout])
+
+
+def _by_leaf(w: Array, layout: Layout) -> Array:
+    return w if layout == "lnk" else w.transpose([layout.index(axis) for axis in "lnk"])
 
 
 def pack(w: Array, *, full: bool = True) -> PackedWeight | Array:
@@ -141,18 +156,17 @@ def _hopper(spec: str, a: Array, b: Array | PackedWeight, nodes: Sequence[Node],
     return out[None] if len(nodes) == 1 else out
 
 
-def _check(where: str, x: Array, w: Array | PackedWeight, *, transposed: bool = False) -> int:
+def _check(where: str, x: Array, w: Array | PackedWeight, *, layout: Layout = "lnk") -> int:
     with Problems(f"matmul.{where}") as problems:
         problems.check(x.ndim == 3, f"x has shape {x.shape}, not [M, leaves, k]")
         _check_dtype(problems, "x", x)
         if isinstance(w, PackedWeight):
             leaves, n, k = w.leaves, w.n, w.k
         else:
-            problems.check(w.ndim == 3, f"w has shape {w.shape}, not [leaves, N, k]")
+            problems.check(w.ndim == 3, f"w has shape {w.shape}, not [{', '.join(_NAMES[d] for d in layout)}]")
             _check_dtype(problems, "w", w)
-            leaves, n, k = (*w.shape, 0, 0, 0)[:3]
-            if transposed:
-                n, k = k, n
+            sizes = dict(zip(layout, (*w.shape, 0, 0, 0), strict=False))
+            leaves, n, k = sizes["l"], sizes["n"], sizes["k"]
         if x.ndim == 3:
             problems.check(
                 x.shape[1:] == (leaves, k),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from tbik_jax._axes import axis_size, vary_like
@@ -107,13 +108,32 @@ def row_parallel(
         ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
         NotImplementedError: the gradient of a packed weight.
     """
-    lead = x.shape[:-1]
     slots, tree = _cut("dense.row_parallel", w, -1, axis_name, contract, leaves)
     if tree is None:
         raise _unknown_leaves("dense.row_parallel", slots)
+    layout: matmul.Layout = "lnk"
     if not isinstance(w, PackedWeight) and w.ndim == 2:
-        w = w.reshape(w.shape[0], slots, -1).swapaxes(0, 1)
-    k = w.k if isinstance(w, PackedWeight) else w.shape[-1]
+        w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
+    return _summed(
+        x, w, layout, bias, tree, axis_name=axis_name, dtype=dtype, scatter_dimension=scatter_dimension, algorithm=algorithm
+    )
+
+
+def _summed(
+    x: Array,
+    w: Array | PackedWeight,
+    layout: matmul.Layout,
+    bias: Array | None,
+    tree: Tree,
+    *,
+    axis_name: str | None,
+    dtype: DTypeLike | None,
+    scatter_dimension: int | None = None,
+    algorithm: Algorithm = "auto",
+) -> Array:
+    """What :func:`row_parallel` returns, of a weight that is cut in slots already."""
+    lead = x.shape[:-1]
+    slots, k = (w.leaves, w.k) if isinstance(w, PackedWeight) else (w.shape[layout.index(d)] for d in "lk")
     with Problems("dense.row_parallel") as problems:
         problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
     plan, nodes = _local_nodes(tree, axis_name)
@@ -123,7 +143,7 @@ def row_parallel(
     if isinstance(w, PackedWeight):
         parts = _packed_products(nodes, rows, w)
     else:
-        parts = _node_products(nodes, of_product, result, rows, w)
+        parts = _node_products(nodes, layout, of_product, result, rows, w)
     parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
     if axis_name is None:
         total = parts[0]
@@ -147,7 +167,8 @@ def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves
     ``leaves=1`` has the numerics of :func:`column_parallel`; more leaves with an ``axis_name`` those of
     :func:`row_parallel` (then give the layer no bias, or one whose addition after the sum is meant).
 
-    The layer keeps its kernel ``[K, N]``, which this reads as ``[N, K]``: the same bits, one transpose per call.
+    The layer keeps its kernel ``[K, N]``: the bits of its transpose in those functions. A CPU copies it to that form at each
+    call, a Hopper GPU reads it as it is.
 
     Raises:
         NotImplementedError: contractions other than the last dimension of the input with the first of the kernel.
@@ -179,9 +200,10 @@ def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves
                 if value is not None:
                     problems.unsupported(f"{name}={value!r}")
         dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
-        if leaves == 1:
-            return column_parallel(lhs, rhs.T, axis_name=None, contract=contract, leaves=1, dtype=dtype)
-        return row_parallel(lhs, rhs.T, axis_name=axis_name, contract=contract, leaves=leaves, dtype=dtype)
+        over = None if leaves == 1 else axis_name  # one leaf: K is whole on every rank
+        slots, tree = _cut("dense.dot_general", rhs, 0, over, contract, leaves)
+        assert tree is not None, "leaves are given"
+        return _summed(lhs, rhs.reshape(slots, -1, rhs.shape[1]), "lkn", None, tree, axis_name=over, dtype=dtype)
 
     return dot_general
 
@@ -283,7 +305,7 @@ def _column_bwd(
     dy = dy.astype(result)
     plan, nodes = _local_nodes(tree, axis_name)
     of_product = x.dtype if axis_name is None else jnp.dtype(jnp.float32)
-    parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, transposed=True, dtype=of_product)
+    parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, layout="lkn", dtype=of_product)
     dx = parts[0] if axis_name is None else tree_psum(parts, axis_name, tree=tree, of_nodes=plan.is_uniform)
     dw = matmul.weight_gradient(dy, vary_like(x, dy)[:, None])[0]
     return cast(vary_like(dx, x), x.dtype), cast(dw.reshape(slots, n, k), w.dtype)
@@ -292,27 +314,30 @@ def _column_bwd(
 _column.defvjp(_column_fwd, _column_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _node_products(nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, x: Array, w: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _node_products(
+    nodes: tuple[Node, ...], layout: matmul.Layout, dtype: Dtype, result: Dtype, x: Array, w: Array
+) -> Array:
     """:func:`tbik_jax.kernels.matmul.node_products` with gradients of the same kind: chains over n and over m."""
-    return matmul.node_products(x, w, nodes, dtype=dtype)
+    return matmul.node_products(x, w, nodes, layout=layout, dtype=dtype)
 
 
 def _node_products_fwd(
-    nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, x: Array, w: Array
+    nodes: tuple[Node, ...], layout: matmul.Layout, dtype: Dtype, result: Dtype, x: Array, w: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _node_products(nodes, dtype, result, x, w), (x, w)
+    return _node_products(nodes, layout, dtype, result, x, w), (x, w)
 
 
 def _node_products_bwd(
-    nodes: tuple[Node, ...], dtype: Dtype, result: Dtype, saved: tuple[Array, Array], dy: Array
+    nodes: tuple[Node, ...], layout: matmul.Layout, dtype: Dtype, result: Dtype, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
-    x, w = saved  # [M, slots, k], [slots, N, k]; dy [nodes, M, N]
-    dx, dw = [], []
+    x, w = saved  # [M, slots, k], a weight in that layout; dy [nodes, M, N]
+    leaf, dx, dw = layout.index("l"), [], []
     for node, of_node in zip(nodes, dy.astype(result), strict=True):
-        dx.append(matmul.input_gradient(of_node, w[node.start : node.stop]))
-        dw.append(matmul.weight_gradient(of_node, x[:, node.start : node.stop]))
-    return cast(jnp.concatenate(dx, axis=1), x.dtype), cast(jnp.concatenate(dw), w.dtype)
+        of_w = lax.slice_in_dim(w, node.start, node.stop, axis=leaf)
+        dx.append(matmul.input_gradient(of_node, of_w, layout=layout))
+        dw.append(matmul.weight_gradient(of_node, x[:, node.start : node.stop], layout=layout))
+    return cast(jnp.concatenate(dx, axis=1), x.dtype), cast(jnp.concatenate(dw, axis=leaf), w.dtype)
 
 
 _node_products.defvjp(_node_products_fwd, _node_products_bwd)

@@ -182,9 +182,9 @@ def test_what_has_no_kernel_yet_is_refused(monkeypatch):
 
 @interpreted
 @pytest.mark.newest
-@pytest.mark.parametrize("depth", [64, 32])
+@pytest.mark.parametrize("tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=64, out_slots=4, turns=True)])
 @pytest.mark.parametrize("leaves, arities, m, n", [(1, (2,), 136, 80), (3, (3,), 136, 80), (2, (2,), 72, 96)])
-def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n, depth):
+def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n, tiles):
     """Ring, tiles and chain of the kernel for many rows. The CPU's dots have other bits than the GPU's, so: values."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
     a = jnp.asarray(rng.standard_normal((m, leaves, 136)), jnp.bfloat16)
@@ -196,7 +196,7 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n
             b,
             (Tree(leaves, arities).root,),
             dtype=jnp.float32,
-            tiles=Tiles(64, 2, depth=depth, out_slots=64 // depth),
+            tiles=tiles,
         )
     want = np.einsum("mlk,nlk->mn", np.asarray(a, np.float64), np.asarray(b, np.float64))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
@@ -280,13 +280,13 @@ def test_tiles_and_runs_change_nothing(rng, arities):
     want = multiply("mlk,nlk->mn", root)(x, y)
     assert_bitwise_equal(multiply("mlk,nlk->mn", root)(x, y), want, "again")
     for tiles in (
-        Tiles(192, 3, near=0),
-        Tiles(208, 4, near=0, out_slots=2),
-        Tiles(128, 4, near=1),
-        Tiles(64, 3, cluster=2, band=2),
-        Tiles(48, 2, near=2),
-        Tiles(192, 6, depth=32, near=1, out_bytes=64),
-        Tiles(208, 4, near=0, out_slots=13),
+        Tiles(192, 3),
+        Tiles(208, 4, out_slots=2, turns=True),
+        Tiles(208, 4, near=13, cluster=2, out_bytes=32),
+        Tiles(128, 4, near=19, turns=True),
+        Tiles(64, 3, cluster=2, band=2, turns=True),
+        Tiles(48, 2, near=12),
+        Tiles(208, 4, out_slots=13),
         SmallTiles(64, True, 64, 3, 8),
         SmallTiles(128, True, 64, 2, 4),
         SmallTiles(16, False, 128, 2, 2),

@@ -19,6 +19,7 @@ from tbik_jax.kernels import backend, matmul
 from tbik_jax.kernels.exact import cast, product
 from tbik_jax.kernels.matmul import cpu, spec
 from tbik_jax.testing import assert_bitwise_equal, bits
+from tbik_jax.tree import Node
 
 FORMS = {
     "rows": lambda w: w,
@@ -206,6 +207,20 @@ def test_operands_may_come_transposed(rng, n, k):
         for results in turned(x[:m].transpose(2, 1, 0), w, w.swapaxes(1, 2)):
             for form, got in results.items():
                 assert_bitwise_equal(got, want[:, :m], f"{form}, M = {m}")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("layout", ["nlk", "lkn"])
+def test_a_weight_may_be_stored_in_any_layout(rng, layout):
+    x, w, dy = normal(rng, 5, 3, 65), normal(rng, 3, 17, 65), normal(rng, 5, 17)
+    stored = w.transpose(["lnk".index(axis) for axis in layout])
+    nodes = (Node(0, 2, Node(0, 1), Node(1, 2)), Node(2, 3))
+    assert_bitwise_equal(
+        matmul.node_products(x, stored, nodes, layout=layout), matmul.node_products(x, w, nodes), "forward"
+    )
+    assert_bitwise_equal(matmul.input_gradient(dy, stored, layout=layout), matmul.input_gradient(dy, w), "input gradient")
+    got = matmul.weight_gradient(dy, x, layout=layout)
+    assert_bitwise_equal(got, matmul.weight_gradient(dy, x).transpose(["lnk".index(a) for a in layout]), "weight gradient")
 
 
 @pytest.mark.invariance

@@ -28,6 +28,8 @@ Array = jax.Array
 Ref = Any
 
 ROWS = 64
+#: Contraction per stage: rows of 128 bytes. Half as deep, with more stages in the same room, took 1.4 times as long.
+DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,25 @@ class Tiles:
 
     Attributes:
         columns: Columns of a block's tile, up to 256 in steps of 32 bytes of results; with leaves to add at most 208, since two
-            such tiles must fit in registers. Of 64, or of ``depth``, where the columns are the fast dimension of ``b``.
-        depth: Contraction per stage, 64 or 32. Of the ring, a computing warpgroup holds two stages; shallow ones hold less.
+            such tiles must fit in registers. Of 64 where the columns are the fast dimension of ``b``.
         stages: Slots of the ring.
         cluster: Blocks that share columns by multicast, 1 or 2.
-        near: Storages of waiting sums (beyond registers) that are in shared memory; the others are in device memory.
+        near: How much of the waiting sums (beyond registers) is in shared memory, in accesses of 16 bytes per thread; the
+            rest is in device memory. A sum takes ``columns / 8`` accesses.
         band: Width of the bands in which the grid walks the tiles, for the L2 cache.
         out_bytes: Results leave through shared memory in pieces of at most so many bytes of a row: 128, 64 or 32.
         out_slots: How many pieces may be on their way; all of them leave at once if there is room for all.
+        turns: The computing warpgroups start their steps in turns, so that one adds leaves while the other multiplies.
     """
 
     columns: int = 192
     stages: int = 4
-    depth: int = 64
     cluster: int = 1
-    near: int = 1
+    near: int = 0
     band: int = 8
     out_bytes: int = 128
     out_slots: int = 1
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
     grid = blocks // tiles.cluster
-    far = problem.program.storages - 1 - tiles.near
-    waiting = (grid * tiles.cluster, 2, far, spill.words(ROWS, tiles.columns)) if far > 0 else (1, 1, 1, 4)
+    far = max(0, problem.program.storages - 1) * spill.accesses(ROWS, tiles.columns) - tiles.near
+    waiting = (grid * tiles.cluster, 2, far * spill.WORDS) if far > 0 else (1, 1, spill.WORDS)
     scratch = jax.ShapeDtypeStruct(waiting, jnp.float32)
     result, _ = plgpu.kernel(
         functools.partial(_kernel, problem=problem, tiles=tiles),
@@ -139,12 +142,13 @@ def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
 def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
     program, columns, stages = problem.program, tiles.columns, tiles.stages
     block_rows = 2 * ROWS
-    steps = -(-problem.k // tiles.depth)  # per leaf
+    steps = -(-problem.k // DEPTH)  # per leaf
     row_tiles = -(-problem.m // (block_rows * tiles.cluster))
     column_tiles = -(-problem.n // columns)
     storages = max(0, program.storages - 1)  # beyond registers
-    near = min(storages, tiles.near)
-    a_tile, b_tile = problem.a.tile(block_rows, tiles.depth), problem.b.tile(columns, tiles.depth)
+    accesses = spill.accesses(ROWS, columns)  # of one of them
+    near = min(storages * accesses, tiles.near)
+    a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
 
     width = out_width(columns, problem.n, problem.out_dtype, tiles.out_bytes)
 
@@ -153,19 +157,21 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
 
     scopes = {
-        "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(tiles.depth, problem.dtype)),
-        "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(tiles.depth, problem.dtype)),
+        "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(DEPTH, problem.dtype)),
+        "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(DEPTH, problem.dtype)),
         "out_smem": plgpu.SMEM(
             (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
         ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "empty": barrier(num_arrivals=2, num_barriers=stages),
     }
+    if tiles.turns:
+        scopes["turn"] = plgpu.Barrier(num_barriers=2)
     if near:
-        scopes["near_smem"] = plgpu.SMEM((2, near, spill.words(ROWS, columns)), jnp.float32)
+        scopes["near_smem"] = plgpu.SMEM((2, near * spill.WORDS), jnp.float32)
 
     @functools.partial(pl.run_scoped, collective_axes="wg", **scopes)
-    def _(a_smem, b_smem, out_smem, full, empty, near_smem=None):
+    def _(a_smem, b_smem, out_smem, full, empty, turn=None, near_smem=None):
         wg = lax.axis_index("wg")
         cta = lax.axis_index("cluster")
 
@@ -189,7 +195,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
             def load_tile(batch, row, column, first_step):
                 def load(index, _):
                     leaf = lax.div(index, jnp.int32(steps))
-                    k = lax.rem(index, jnp.int32(steps)) * tiles.depth
+                    k = lax.rem(index, jnp.int32(steps)) * DEPTH
                     step = first_step + index
                     slot = lax.rem(step, jnp.int32(stages))
 
@@ -197,7 +203,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    where = {"k": k, "depth": tiles.depth, "leaf": leaf, "batch": batch}
+                    where = {"k": k, "depth": DEPTH, "leaf": leaf, "batch": batch}
                     plgpu.copy_gmem_to_smem(
                         problem.a.at(a_gmem, start=row, size=block_rows, **where), a_smem.at[slot], full.at[slot]
                     )
@@ -225,6 +231,11 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
         @pl.when(wg != 2)
         def _():
             plgpu.set_max_registers(232, action="increase")
+            if turn is not None:
+
+                @pl.when(wg == 1)
+                def _():
+                    plgpu.barrier_arrive(turn.at[0])
 
             def compute_tile(batch, row, column, first_step):
                 def multiply(leaf):
@@ -241,7 +252,11 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                             b = b_smem.at[slot]
                             if problem.b.k_major:
                                 b = plgpu.transpose_ref(b, (1, 0))
+                            if turn is not None:
+                                plgpu.barrier_wait(turn.at[wg])
                             plgpu.wgmma(acc, a, b)
+                            if turn is not None:
+                                plgpu.barrier_arrive(turn.at[1 - wg])
                             plgpu.wgmma_wait(1)
 
                             @pl.when(i > 0)
@@ -282,9 +297,15 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 block = lax.axis_index("grid") * tiles.cluster + cta
 
                 def storage(number):
-                    if number <= near:
-                        return near_smem.at[wg, number - 1]
-                    return far_gmem.at[block, wg, number - 1 - near]
+                    start, stop = (number - 1) * accesses, number * accesses
+                    here, there = min(max(near, start), stop) - start, stop - max(near, start)
+                    refs = []
+                    if here > 0:
+                        refs.append(near_smem.at[wg, pl.ds(start * spill.WORDS, here * spill.WORDS)])
+                    if there > 0:
+                        at = (stop - there - near) * spill.WORDS
+                        refs.append(far_gmem.at[block, wg, pl.ds(at, there * spill.WORDS)])
+                    return refs
 
                 def settle(leaf, value, number):
                     """Add the sums that wait from storage ``number`` up, then wait there or leave."""

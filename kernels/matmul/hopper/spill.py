@@ -6,6 +6,7 @@ threads at neighbouring addresses. No bank conflicts in shared memory, whole lin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,34 +20,39 @@ Array = jax.Array
 _THREADS = 128
 
 
-def words(rows: int, columns: int) -> int:
-    """32-bit words that a tile takes, in whole 16-byte accesses of a warpgroup."""
-    return -(-rows * columns // (4 * _THREADS)) * 4 * _THREADS
+#: 32-bit words of one access of a warpgroup, 16 bytes per thread.
+WORDS = 4 * _THREADS
 
 
-def store(ref: Any, value: Array) -> None:
-    """``ref [words]`` f32 in shared or device memory; ``value`` in the layout of a wgmma accumulator."""
+def accesses(rows: int, columns: int) -> int:
+    """How many accesses move a tile."""
+    return -(-rows * columns // WORDS)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def write(ctx: Any, ref: Any, value: Any) -> None:
-        values = quads(value)
-        for address, quad in zip(_addresses(ref, len(values)), values, strict=True):
+
+def store(refs: Sequence[Any], value: Array) -> None:
+    """``refs`` f32 ``[accesses * WORDS]`` in shared or device memory, one after the other; ``value`` as wgmma leaves it."""
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WGMMA))
+    def write(ctx: Any, *refs_and_value: Any) -> None:
+        *refs, value = refs_and_value
+        for address, quad in zip(_addresses(refs), quads(value), strict=True):
             llvm.store(quad, address, alignment=16)
 
-    write(ref, value)
+    write(*refs, value)
 
 
-def load_add(ref: Any, value: Array) -> Array:
-    """What waits in ``ref``, plus ``value``."""
+def load_add(refs: Sequence[Any], value: Array) -> Array:
+    """What waits in ``refs``, plus ``value``."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA),
+        arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WGMMA),
         return_type=plgpu.ShapeDtypeStruct(value.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
-    def read(ctx: Any, ref: Any, value: Any) -> Any:
+    def read(ctx: Any, *refs_and_value: Any) -> Any:
+        *refs, value = refs_and_value
         pairs, total = list(value.registers.flat), []
         quad_type = ir.VectorType.get((4,), ir.F32Type.get())
-        for i, address in enumerate(_addresses(ref, len(pairs) // 2)):
+        for i, address in enumerate(_addresses(refs)):
             quad = llvm.load(quad_type, address, alignment=16)
             for j, pair in enumerate(pairs[2 * i : 2 * i + 2]):
                 waiting = vector.extract_strided_slice(pair.type, quad, [2 * j], [2], [1])
@@ -55,7 +61,7 @@ def load_add(ref: Any, value: Array) -> Array:
         registers.flat = total
         return mgpu.FragmentedArray(_registers=registers, _layout=value.layout, _is_signed=value.is_signed)
 
-    return read(ref, value)
+    return read(*refs, value)
 
 
 def quads(value: Any) -> list[Any]:
@@ -64,10 +70,13 @@ def quads(value: Any) -> list[Any]:
     return [vector.shuffle(pairs[i], pairs[i + 1], [0, 1, 2, 3]) for i in range(0, len(pairs), 2)]
 
 
-def _addresses(ref: Any, quads: int) -> list[Any]:
+def _addresses(refs: Sequence[Any]) -> list[Any]:
     utils = mgpu.utils
     i32 = ir.IntegerType.get_signless(32)
-    base = utils.memref_ptr(ref)
     thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
-    mine = utils.getelementptr(base, [arith.muli(thread, utils.c(4, i32))], ir.F32Type.get())
-    return [utils.getelementptr(mine, [4 * _THREADS * i], ir.F32Type.get()) for i in range(quads)]
+    offset, found = arith.muli(thread, utils.c(4, i32)), []
+    for ref in refs:
+        mine = utils.getelementptr(utils.memref_ptr(ref), [offset], ir.F32Type.get())
+        count = ir.MemRefType(ref.type).shape[0] // WORDS
+        found += [utils.getelementptr(mine, [WORDS * i], ir.F32Type.get()) for i in range(count)]
+    return found

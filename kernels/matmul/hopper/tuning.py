@@ -8,8 +8,8 @@ from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
-#: Shared memory of a block, less what the barriers take.
-_SHARED = 232_448 - 6 * 1024
+#: Shared memory of a block, less what the barriers take, in the two kernels.
+_SHARED, _SHARED_LARGE = 232_448 - 6 * 1024, 232_448 - 3 * 1024
 #: Rows up to which the weight is what counts.
 SMALL_ROWS = 128
 
@@ -30,35 +30,36 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         return -(-tiles // blocks) * (columns + 27)
 
     if problem.program.storages > 2 and problem.k < 1024:
-        widths = tuple(columns for columns in widths if columns <= 144)
-    elif problem.program.storages > 1:
-        widths = tuple(columns for columns in widths if columns <= 192)
+        widths = tuple(columns for columns in widths if columns <= 160)
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
 
 
 def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     """As many stages as help; where the sums that wait are kept is what was faster on an H100 (docs/hopper.md)."""
-    # Two narrow pieces of wide tiles may leave at once, in the room of one.
-    out_bytes, out_slots = (64, 2) if columns >= 224 else (128, 1)
+    waits, rows = max(0, problem.program.storages - 1), -(-problem.m // (2 * ROWS))
+    # Narrow pieces leave room: for two at once of a tile without sums that wait, for the sums elsewhere.
+    out_bytes, out_slots = (32, 1) if waits and columns % 64 else (64, 2) if columns >= 224 else (128, 1)
+    if waits == 0 and problem.program.leaves > 1 and columns % 64:
+        out_slots = 2
     out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * 64 * 2
-    waits, rows = max(0, problem.program.storages - 1), -(-problem.m // (2 * ROWS))
+    stages = min(4 if columns > 128 else 6, (_SHARED_LARGE - out) // stage)
+    if stages < 2:
+        return None
     leaving = {"out_bytes": out_bytes, "out_slots": out_slots}
     if waits == 0:
-        stages = min(4 if columns > 128 else 8, (_SHARED - out) // stage)
-        return Tiles(columns, stages, **leaving) if stages >= 2 else None
-    waiting = 2 * 4 * spill.words(ROWS, columns)
-    stages = (_SHARED - out - waits * waiting) // stage
-    if columns <= 64 and stages >= 4:
-        return Tiles(columns, min(8, stages), near=waits, **leaving)
-    stages = min(4, (_SHARED - out - waiting) // stage)
-    if waits > 1 and problem.k < 1024 and stages >= 4:
-        return Tiles(columns, stages, near=1, **leaving)
-    # In device memory; two blocks then share the columns that they read, which keeps them together in the L2 cache.
-    stages = min(5, (_SHARED - out) // stage)
-    return Tiles(columns, stages, near=0, cluster=2 if rows % 2 == 0 else 1, **leaving) if stages >= 2 else None
+        # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
+        turns = problem.program.leaves > 1 and (columns > 128 or problem.k >= 1024)
+        return Tiles(columns, stages, turns=turns, **leaving)
+    # Four stages, then as much of the sums as fits. The rest waits in device memory; two blocks then share the columns that
+    # they read, which keeps them together in the L2 cache.
+    stages = min(4, stages)
+    access = 2 * 4 * spill.WORDS
+    near = min(waits * spill.accesses(ROWS, columns), (_SHARED_LARGE - out - stages * stage) // access)
+    pairs = rows % 2 == 0 and columns > 160
+    return Tiles(columns, stages, near=near, cluster=2 if pairs else 1, turns=not pairs, **leaving)
 
 
 def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
