@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import spill
@@ -37,59 +39,53 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
 
 def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     """As many stages as help; where the sums that wait are kept is what was faster on an H100 (docs/hopper.md)."""
-    waits, rows = max(0, problem.program.storages - 1), -(-problem.m // (2 * ROWS))
+    program = problem.program
+    waits, rows = max(0, program.storages - 1), -(-problem.m // (2 * ROWS))
+    few = problem.m <= SMALL_ROWS  # the weight then comes from device memory, and what is on its way counts
     # Narrow pieces leave room: for two at once of a tile without sums that wait, for the sums elsewhere.
     out_bytes, out_slots = (32, 1) if waits and columns % 64 else (64, 2) if columns >= 224 else (128, 1)
-    if waits == 0 and problem.program.leaves > 1 and columns % 64:
+    if program.is_chain and columns % 64 and not few:
         out_slots = 2
     out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * 64 * 2
-    stages = min(4 if columns > 128 else 6, (_SHARED_LARGE - out) // stage)
+    most = 8 if few else 4 if waits or columns > 128 else 6
+    stages = min(most, (_SHARED_LARGE - out) // stage)
     if stages < 2:
         return None
-    leaving = {"out_bytes": out_bytes, "out_slots": out_slots}
-    if waits == 0:
-        # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
-        turns = problem.program.leaves > 1 and (columns > 128 or problem.k >= 1024)
-        return Tiles(columns, stages, turns=turns, **leaving)
-    # Four stages, then as much of the sums as fits. The rest waits in device memory; two blocks then share the columns that
-    # they read, which keeps them together in the L2 cache.
-    stages = min(4, stages)
-    access = 2 * 4 * spill.WORDS
-    near = min(waits * spill.accesses(ROWS, columns), (_SHARED_LARGE - out - stages * stage) // access)
-    pairs = rows % 2 == 0 and columns > 160
-    return Tiles(columns, stages, near=near, cluster=2 if pairs else 1, turns=not pairs, **leaving)
+    # What remains is for the sums; the others wait in device memory. Two blocks then share the columns that they read, which
+    # keeps them together in the L2 cache.
+    near = min(waits * spill.accesses(ROWS, columns), (_SHARED_LARGE - out - stages * stage) // (8 * spill.WORDS))
+    pairs = rows % 2 == 0 and (columns > 160 if waits else program.leaves == 1 and columns >= 224 and problem.k < 2048)
+    # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
+    turns = program.leaves > 1 and not few and not pairs and (columns > 128 or bool(waits) or problem.k >= 1024)
+    return Tiles(columns, stages, 2 if pairs else 1, near, out_bytes=out_bytes, out_slots=out_slots, turns=turns)
 
 
 def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
-    """Blocks for one wave at most, with all of shared memory; several per multiprocessor where there are more.
+    """Blocks for one wave, with all of shared memory; several per multiprocessor where there are more.
 
-    None where `large` does better, or nothing fits: many leaves of many rows.
+    None where `large` does better, or nothing fits: many rows of many leaves, or of many columns.
     """
-    leaves = problem.program.leaves
-    if problem.m > 64 and leaves > 1:
-        return None  # the sums of so many rows are better in the registers of the other kernel
-    swapped, straight = ((True, 64),), ((False, 64), (False, 32), (False, 16))
-    if leaves > 1 or problem.m <= 32:
-        forms: tuple[tuple[bool, int], ...] = swapped
-    else:  # of many rows the results of swapped operands leave in too small pieces
-        forms = straight if problem.m >= 64 else swapped + straight
-    best = None
-    for swap, columns in forms:
-        across = -(-problem.n // columns)
-        split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
-        tile = Tile(problem.m, columns, swap)
-        waiting = (leaves // split) * tile.words * 4
-        resident = min(2, max(1, -(-across * split // blocks)))
-        room = _SHARED // resident - waiting
-        depth = 256 if problem.m <= 32 and resident == 1 else 128 if problem.m <= 32 else 64
-        stage = (columns + (tile.tokens if swap else ROWS * tile.left_tiles)) * depth * 2
-        stages = min(16, room // stage)
-        if stages < 2:
-            continue
-        # Every block reads its rows: what enters a multiprocessor bounds it.
-        enters = -(-across * split // blocks) * (columns + tile.tokens)
-        if best is None or enters < best[0]:
-            best = enters, SmallTiles(columns, swap, depth, stages, split)
-    return best[1] if best else None
+    leaves, m = problem.program.leaves, problem.m
+    # The weight on the right: narrow blocks, as many as there are multiprocessors. Rows that are not there take room only.
+    columns = next((c for c in (8, 16, 24, 32, 48, 64) if -(-problem.n // c) <= blocks), None)
+    if columns is not None and columns <= (32 if m > 64 or m <= 32 else 64) and leaves <= (1 if m > 64 else 4):
+        return _ring(problem, SmallTiles(columns, False, 256 if columns <= 16 and m <= 64 else 128))
+    if m > 64:
+        return None
+    # The weight on the left, 64 columns to a block; leaves over the blocks of a cluster.
+    across = -(-problem.n // 64)
+    split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
+    resident = min(2, max(1, -(-across * split // blocks)))
+    depths = (256, 128, 64) if m <= 32 and resident == 1 else (128, 64)
+    return next((found for d in depths if (found := _ring(problem, SmallTiles(64, True, d, split=split), resident))), None)
+
+
+def _ring(problem: Problem, tiles: SmallTiles, resident: int = 1) -> SmallTiles | None:
+    """``tiles`` with the stages that fit where ``resident`` blocks share a multiprocessor."""
+    tile = Tile(problem.m, tiles.columns, tiles.swap)
+    waiting = (problem.program.leaves // tiles.split) * tile.words * 4
+    stage = (tiles.columns + (tile.tokens if tiles.swap else ROWS * tile.left_tiles)) * tiles.depth * 2
+    stages = min(16, (_SHARED // resident - waiting) // stage)
+    return dataclasses.replace(tiles, stages=stages) if stages >= 3 else None
