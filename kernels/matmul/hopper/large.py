@@ -40,7 +40,7 @@ class Tiles:
         columns: Columns of a block's tile, up to 256 in steps of 32 bytes of results; with leaves to add at most 208, since two
             such tiles must fit in registers. Of 64 where the columns are the fast dimension of ``b``.
         stages: Slots of the ring.
-        cluster: Blocks that share columns by multicast, 1 or 2.
+        cluster: Blocks that share by multicast what they read, 1, 2 or 4: columns, or the rows where one block has all of them.
         near: How much of the waiting sums (beyond registers) is in shared memory, in accesses of 16 bytes per thread; the
             rest is in device memory. A sum takes ``columns / 8`` accesses.
         band: Width of the bands in which the grid walks the tiles, for the L2 cache.
@@ -143,8 +143,10 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     program, columns, stages = problem.program, tiles.columns, tiles.stages
     block_rows = 2 * ROWS
     steps = -(-problem.k // DEPTH)  # per leaf
-    row_tiles = -(-problem.m // (block_rows * tiles.cluster))
-    column_tiles = -(-problem.n // columns)
+    shares_rows = problem.m <= block_rows
+    across, along = (1, tiles.cluster) if shares_rows else (tiles.cluster, 1)  # tiles of a cluster: rows by columns
+    row_tiles = -(-problem.m // (block_rows * across))
+    column_tiles = -(-problem.n // (columns * along))
     storages = max(0, program.storages - 1)  # beyond registers
     accesses = spill.accesses(ROWS, columns)  # of one of them
     near = min(storages * accesses, tiles.near)
@@ -186,7 +188,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     inside = lax.rem(index, jnp.int32(row_tiles * column_tiles))
                 row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, tiles.band)
                 first_step = info.local_index * (program.leaves * steps)
-                body(batch, (row * tiles.cluster + cta) * block_rows, column * columns, first_step)
+                down, right = (0, cta) if shares_rows else (cta, 0)
+                body(batch, (row * across + down) * block_rows, (column * along + right) * columns, first_step)
 
         @pl.when(wg == 2)
         def _():
@@ -204,15 +207,16 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         plgpu.barrier_wait(empty.at[slot])
 
                     where = {"k": k, "depth": DEPTH, "leaf": leaf, "batch": batch}
-                    plgpu.copy_gmem_to_smem(
-                        problem.a.at(a_gmem, start=row, size=block_rows, **where), a_smem.at[slot], full.at[slot]
-                    )
-                    plgpu.copy_gmem_to_smem(
-                        problem.b.at(b_gmem, start=column, size=columns, **where),
-                        b_smem.at[slot],
-                        full.at[slot],
-                        collective_axes="cluster" if tiles.cluster > 1 else None,
-                    )
+                    for operand, ref, start, size, smem, shared in (
+                        (problem.a, a_gmem, row, block_rows, a_smem, shares_rows),
+                        (problem.b, b_gmem, column, columns, b_smem, not shares_rows),
+                    ):
+                        plgpu.copy_gmem_to_smem(
+                            operand.at(ref, start=start, size=size, **where),
+                            smem.at[slot],
+                            full.at[slot],
+                            collective_axes="cluster" if shared and tiles.cluster > 1 else None,
+                        )
                     return _
 
                 lax.fori_loop(0, program.leaves * steps, load, None)

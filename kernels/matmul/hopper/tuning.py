@@ -10,8 +10,8 @@ from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
-#: Shared memory of a block, less what the barriers take, in the two kernels.
-_SHARED, _SHARED_LARGE = 232_448 - 6 * 1024, 232_448 - 3 * 1024
+#: Shared memory of a multiprocessor, and what the system and the barriers of a block take of it.
+_SHARED, _TAKEN = 233_472, 2 * 1024
 #: Rows up to which the weight is what counts.
 SMALL_ROWS = 128
 
@@ -19,7 +19,8 @@ SMALL_ROWS = 128
 def large_tiles(problem: Problem, blocks: int) -> Tiles:
     """The width whose last wave wastes least.
 
-    A tile of c columns takes the time of c + 27: its rows are loaded for however few columns.
+    A tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that must leave in
+    pieces of 32 bytes, since nothing wider divides their rows, take longer than some columns more.
     """
     adds = problem.program.storages > 0
     widths = (208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32) if adds else (256, 224, *range(208, 31, -16))
@@ -27,9 +28,12 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         widths = tuple(columns for columns in widths if columns % 64 == 0)
     rows = -(-problem.m // (2 * ROWS)) * problem.batch
 
+    piece = out_width(192, problem.n, problem.out_dtype) * jnp.dtype(problem.out_dtype).itemsize
+    fixed = 27 if piece > 32 else 150
+
     def cost(columns: int) -> float:
         tiles = rows * -(-problem.n // columns)
-        return -(-tiles // blocks) * (columns + 27)
+        return -(-tiles // blocks) * (columns + fixed)
 
     if problem.program.storages > 2 and problem.k < 1024:
         widths = tuple(columns for columns in widths if columns <= 160)
@@ -49,14 +53,17 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * 64 * 2
-    most = 8 if few else 4 if waits or columns > 128 else 6
-    stages = min(most, (_SHARED_LARGE - out) // stage)
+    most = 8 if few or columns <= 96 and not waits else 4 if waits or columns > 128 else 6
+    stages = min(most, (_SHARED - 2 * _TAKEN - out) // stage)
     if stages < 2:
         return None
     # What remains is for the sums; the others wait in device memory. Two blocks then share the columns that they read, which
     # keeps them together in the L2 cache.
-    near = min(waits * spill.accesses(ROWS, columns), (_SHARED_LARGE - out - stages * stage) // (8 * spill.WORDS))
-    pairs = rows % 2 == 0 and (columns > 160 if waits else program.leaves == 1 and columns >= 224 and problem.k < 2048)
+    near = min(waits * spill.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * spill.WORDS))
+    if few:
+        pairs = problem.k * program.leaves >= 16384
+    else:
+        pairs = rows % 2 == 0 and (columns > 160 if waits else program.leaves == 1 and columns >= 224)
     # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
     turns = program.leaves > 1 and not few and not pairs and (columns > 128 or bool(waits) or problem.k >= 1024)
     return Tiles(columns, stages, 2 if pairs else 1, near, out_bytes=out_bytes, out_slots=out_slots, turns=turns)
@@ -69,9 +76,12 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     """
     leaves, m = problem.program.leaves, problem.m
     # The weight on the right: narrow blocks, as many as there are multiprocessors. Rows that are not there take room only.
-    columns = next((c for c in (8, 16, 24, 32, 48, 64) if -(-problem.n // c) <= blocks), None)
-    if columns is not None and columns <= (32 if m > 64 or m <= 32 else 64) and leaves <= (1 if m > 64 else 4):
-        return _ring(problem, SmallTiles(columns, False, 256 if columns <= 16 and m <= 64 else 128))
+    columns = next((c for c in (8, 16, 24, 32, 48, 64) if -(-problem.n // c) <= blocks), 64)
+    if 32 < m <= 64 or columns <= 32 and leaves <= (4 if m <= 32 else 1):
+        resident = 2 if -(-problem.n // columns) > blocks else 1
+        found = _ring(problem, SmallTiles(columns, False, 256 if columns <= 16 and m <= 64 else 128), resident)
+        if found is not None:
+            return found
     if m > 64:
         return None
     # The weight on the left, 64 columns to a block; leaves over the blocks of a cluster.
@@ -87,5 +97,5 @@ def _ring(problem: Problem, tiles: SmallTiles, resident: int = 1) -> SmallTiles 
     tile = Tile(problem.m, tiles.columns, tiles.swap)
     waiting = (problem.program.leaves // tiles.split) * tile.words * 4
     stage = (tiles.columns + (tile.tokens if tiles.swap else ROWS * tile.left_tiles)) * tiles.depth * 2
-    stages = min(16, (_SHARED // resident - waiting) // stage)
+    stages = min(16, (_SHARED // resident - _TAKEN - waiting) // stage)
     return dataclasses.replace(tiles, stages=stages) if stages >= 3 else None
