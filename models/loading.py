@@ -31,18 +31,20 @@ def load(
     mesh: Mesh,
     *,
     dtype: DTypeLike = jnp.float32,
+    ranks: int | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """A model with the weights of ``source``, sharded over the mesh's TENSOR axis and replicated over its others.
 
-    The host holds one stacked parameter at a time, and a device nothing but its own slots.
+    The host holds one stacked parameter at a time, and a device nothing but its own slots. ``ranks`` lays the model out for so
+    many tensor-parallel ranks on a mesh of one device, which emulates them (``Generator(..., emulate=True)``).
 
     Raises:
         ValueError: tensors that are missing, of a wrong shape, not finite, or unknown; a mesh that does not fit.
     """
-    check_mesh(config, numerics, mesh, dtype)
+    check_mesh(config, numerics, mesh, dtype, ranks)
     validate(source, config)
-    model = abstract(config, numerics, mesh, dtype)
+    model = abstract(config, numerics, mesh, dtype, ranks)
     graph, state = nnx.split(model)
     parameters = jax.tree.leaves(state, is_leaf=_is_variable)
     total, done = sum(len(p.get_metadata()["origin"].tensors) for p in parameters), 0
@@ -62,19 +64,27 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def check_mesh(config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike) -> None:
+def check_mesh(
+    config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike, ranks: int | None = None
+) -> None:
     """All that can be wrong with a mesh or dtype, before anything is read."""
     with Problems("loading") as problems:
         problems.check(TENSOR in mesh.shape, f"the mesh has axes {tuple(mesh.shape)}; one must be {TENSOR!r}")
         problems.check(
             jnp.dtype(dtype).name in ("float32", "bfloat16"), f"dtype {jnp.dtype(dtype).name}; use float32 or bfloat16"
         )
-    Layout(config, numerics.contract, mesh.shape[TENSOR])
+        problems.check(
+            ranks is None or mesh.size == 1,
+            f"ranks = {ranks} are emulated on one device, and the mesh has {mesh.size}; leave ranks out to use them",
+        )
+    Layout(config, numerics.contract, ranks or mesh.shape[TENSOR])
 
 
-def abstract(config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike) -> Transformer:
+def abstract(
+    config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike, ranks: int | None = None
+) -> Transformer:
     """The model with shapes for parameters: no memory."""
-    return nnx.eval_shape(lambda: Transformer(config, numerics, ranks=mesh.shape[TENSOR], dtype=dtype))
+    return nnx.eval_shape(lambda: Transformer(config, numerics, ranks=ranks or mesh.shape[TENSOR], dtype=dtype))
 
 
 def _fill(

@@ -26,20 +26,23 @@ Array = jax.Array
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers: ``[layers, B, kv_slots, S, D]``, position s in row s, slots split over TENSOR."""
+    """Keys and values, position s in row s, slots split over TENSOR.
 
-    k: Array
-    v: Array
+    ``[layers, B, kv_slots, S, D]`` of all layers, or ``[B, kv_slots, S, D]`` of each where the model's layers are apart.
+    """
 
-    #: How the cache lies on a mesh of (DATA, TENSOR).
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
+
     @staticmethod
-    def spec() -> KVCache:
-        spec = P(None, DATA, TENSOR)
+    def spec(*, stacked: bool = True) -> KVCache:
+        """How the cache lies on a mesh of (DATA, TENSOR)."""
+        spec = P(None, DATA, TENSOR) if stacked else P(DATA, TENSOR)
         return KVCache(spec, spec)  # type: ignore[arg-type]
 
 
 class Block(nnx.Module):
-    """All layers of the model, stacked; a call sees one of them."""
+    """All layers of the model, stacked, or one of them; a call sees one."""
 
     def __init__(self, config: ModelConfig, layout: Layout, dtype: DTypeLike) -> None:
         layers, hidden, dim = range(config.num_layers), config.hidden_size, config.head_dim
@@ -88,8 +91,9 @@ class Block(nnx.Module):
         rotary: tuple[Array, Array],
         positions: Array,
         cache: KVCache | None,
-        layer: Array,
+        layer: Array | None,
     ) -> tuple[Array, KVCache | None]:
+        """``cache`` holds all layers, of which this is number ``layer``; or this one alone, and ``layer`` is None."""
         with jax.named_scope("attention"):
             y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
             x = numerics.add(x, y)
@@ -105,7 +109,7 @@ class Block(nnx.Module):
         rotary: tuple[Array, Array],
         positions: Array,
         cache: KVCache | None,
-        layer: Array,
+        layer: Array | None,
     ) -> tuple[Array, KVCache | None]:
         config, layout = self.config, self.layout
         q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))
@@ -116,8 +120,12 @@ class Block(nnx.Module):
         q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))
-            k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+            if layer is None:
+                cache = KVCache(_write_one(cache.k, k, positions), _write_one(cache.v, v, positions))
+                k, v = cache
+            else:
+                cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))
+                k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
         kv_head_of = None
         if layout.kv_of_head is not None:
             kv_head_of = jnp.array(layout.kv_of_head)[lax.axis_index(TENSOR)]
@@ -131,6 +139,18 @@ def _write(cache: Array, new: Array, layer: Array, positions: Array) -> Array:
     for b in range(new.shape[0]):
         at = (layer.astype(positions.dtype), zero + b, zero, positions[b, 0], zero)
         cache = lax.dynamic_update_slice(cache, new[None, b : b + 1].astype(cache.dtype), at)
+    return cache
+
+
+def _write_one(cache: Array, new: Array, positions: Array) -> Array:
+    """Put ``new [B, kv, T, D]`` at ``cache[b, :, positions[b, 0]:]``, in place: one token of each row, or row by row."""
+    new = new.astype(cache.dtype)
+    if new.shape[2] == 1:
+        rows = jnp.arange(new.shape[0])
+        return cache.at[rows, :, positions[:, 0]].set(new[:, :, 0], unique_indices=True, indices_are_sorted=True)
+    zero = jnp.zeros((), positions.dtype)
+    for b in range(new.shape[0]):
+        cache = lax.dynamic_update_slice(cache, new[b : b + 1], (zero + b, zero, positions[b, 0], zero))
     return cache
 
 
@@ -159,7 +179,7 @@ class Transformer(nnx.Module):
         slots = layout.slots_of(layout.vocab)
         rows = Origin(("model.embed_tokens.weight",), "rows", slots, width)
         self.embedding = parameter(rows, (config.hidden_size,), dtype)
-        self.blocks = Block(config, layout, dtype)
+        self.blocks: Block | nnx.List[Block] = Block(config, layout, dtype)
         self.final_norm = parameter(Origin(("model.norm.weight",)), (config.hidden_size,), dtype)
         tied = config.tie_word_embeddings
         origin = rows if tied else Origin(("lm_head.weight",), "rows", slots, width)
@@ -179,8 +199,28 @@ class Transformer(nnx.Module):
 
     def pack(self, mesh: jax.sharding.Mesh) -> None:
         """Lay all weights out for inference, in place. Bits do not change; gradients are no longer to be had."""
-        for linear in (self.blocks.qkv, self.blocks.out, self.blocks.gate_up, self.blocks.down, self.head):
-            linear.pack(self.numerics, mesh)
+        for block in [self.blocks] if isinstance(self.blocks, Block) else self.blocks:
+            for linear in (block.qkv, block.out, block.gate_up, block.down):
+                linear.pack(self.numerics, mesh)
+        self.head.pack(self.numerics, mesh)
+
+    def unstack(self, mesh: jax.sharding.Mesh) -> None:
+        """Give every layer arrays of its own, in place. Performance-only.
+
+        A kernel that reads one layer of a stack reads a copy, made at each call; a program that scans a stack is compiled
+        once for all layers. The former matters on GPUs.
+        """
+        if not isinstance(self.blocks, Block):
+            return
+        graph, state = nnx.split(self.blocks)
+        variables, structure = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        apart = []
+        for variable in variables:
+            spec = variable.get_metadata()["spec"]
+            rest = P(*spec[1:])
+            cut = jax.jit(jax.shard_map(lambda x: [*x], mesh=mesh, in_specs=spec, out_specs=rest))
+            apart.append([variable.replace(x, spec=rest) for x in cut(variable[...])])
+        self.blocks = nnx.List([nnx.merge(graph, structure.unflatten(layer)) for layer in zip(*apart, strict=True)])
 
     def __call__(
         self, tokens: Array, positions: Array, cache: KVCache | None = None, *, only: Array | None = None
@@ -194,21 +234,47 @@ class Transformer(nnx.Module):
             ``([B, T or 1, V] f32, the same on every rank of TENSOR; the cache or None)``.
         """
         numerics, config = self.numerics, self.config
-        length = tokens.shape[1] if cache is None else cache.k.shape[3]
+        length = tokens.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
         cos, sin = (jnp.asarray(table)[positions] for table in rope_tables(config, length))
         table = self.embedding[...].reshape(-1, config.hidden_size)
         x = numerics.embedding(tokens, table, self.vocabulary)
-        graph, stacked = nnx.split(self.blocks)
-
-        def one(carry: tuple[Array, Any], layer_and_state: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
-            layer, state = layer_and_state
-            x, cache = nnx.merge(graph, state)(numerics, carry[0], (cos, sin), positions, carry[1], layer)
-            return (x, cache), None
-
-        (x, cache), _ = lax.scan(one, (x, cache), (jnp.arange(config.num_layers), stacked))
+        run = self._scanned if isinstance(self.blocks, Block) else self._unrolled
+        x, cache = run(x, (cos, sin), positions, cache)
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = numerics.rms_norm(x, self.final_norm[...], config.rms_norm_eps)
         with jax.named_scope("logits"):
             (logits,) = self.head(numerics, x, jnp.float32)
         return dense.gather_logits(logits, self.vocabulary), cache
+
+    def _scanned(
+        self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        graph, stacked = nnx.split(self.blocks)
+
+        def one(carry: tuple[Array, Any], layer_and_state: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
+            layer, state = layer_and_state
+            x, cache = nnx.merge(graph, state)(self.numerics, carry[0], rotary, positions, carry[1], layer)
+            return (x, cache), None
+
+        layers = jnp.arange(self.config.num_layers)
+        (x, cache), _ = lax.scan(one, (x, cache), (layers, stacked))
+        return x, cache
+
+    def _unrolled(
+        self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        graph, _ = nnx.split(self.blocks[0])
+
+        @jax.jit  # traced once: the layers have the same shapes
+        def one(state: Any, x: Array, rotary: Any, positions: Array, cache: KVCache | None) -> Any:
+            return nnx.merge(graph, state)(self.numerics, x, rotary, positions, cache, None)
+
+        caches = []
+        for i, block in enumerate(self.blocks):
+            of_layer = None if cache is None else KVCache(cache.k[i], cache.v[i])
+            x, of_layer = one(nnx.split(block)[1], x, rotary, positions, of_layer)
+            caches.append(of_layer)
+        if cache is not None:
+            cache = KVCache(tuple(c.k for c in caches), tuple(c.v for c in caches))
+        return x, cache

@@ -33,10 +33,14 @@ def generator(
     numerics: Numerics | None = None,
     dtype: str = "float32",
     pack: bool = True,
+    unroll: bool = False,
+    emulate: bool = False,
 ) -> Generator:
-    mesh = make_mesh(tp, dp)
-    model = load(config, RandomSource(config), numerics or Numerics.invariant(), mesh, dtype=dtype)
-    return Generator(model, mesh, pack=pack)
+    """On a mesh of ``dp`` x ``tp`` devices, or of one that emulates ``tp``."""
+    mesh = make_mesh(1 if emulate else tp, dp)
+    ranks = tp if emulate else None
+    model = load(config, RandomSource(config), numerics or Numerics.invariant(), mesh, dtype=dtype, ranks=ranks)
+    return Generator(model, mesh, pack=pack, unroll=unroll, emulate=emulate)
 
 
 def smollm2() -> OpenedModel:

@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax._problems import Problems
+from tbik_jax.emulate import emulate
 from tbik_jax.engine.sampling import Sampling, sample
 from tbik_jax.models.linear import DATA, TENSOR
-from tbik_jax.models.transformer import KVCache, Transformer
+from tbik_jax.models.transformer import Block, KVCache, Transformer
 
 Array = jax.Array
 
@@ -60,6 +61,10 @@ class Generator:
         model: On the mesh, see :func:`tbik_jax.models.loading.load`.
         mesh: The mesh it was loaded on.
         pack: Lay the weights out for inference first (performance-only; the model is changed in place).
+        unroll: Give every layer its own arrays instead of scanning a stack (performance-only; the model is changed in place).
+            By default on GPUs, whose kernels would read copies.
+        emulate: Run a model of several tensor-parallel ranks on a mesh of one device, rank after rank
+            (:func:`tbik_jax.emulate`): slow, and the bits of that many devices.
 
     Guarantee (invariant numerics): the tokens and logits of a prompt depend on the prompt, its seed, the sampling settings
     and the model's contract; not on the mesh, the batch, or which prompts run beside it.
@@ -68,7 +73,15 @@ class Generator:
         ValueError: a mesh without these two axes, or with another number of tensor-parallel ranks than the model's.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, *, pack: bool = True) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        *,
+        pack: bool = True,
+        unroll: bool | None = None,
+        emulate: bool = False,
+    ) -> None:
         with Problems("Generator") as problems:
             for axis in (DATA, TENSOR):
                 problems.check(
@@ -76,27 +89,41 @@ class Generator:
                     f"the mesh has axes {tuple(mesh.shape)}; one must be {axis!r}, of size 1 if need be",
                 )
             ranks = mesh.shape.get(TENSOR, model.layout.ranks)
-            problems.check(
-                ranks == model.layout.ranks,
-                f"the model was loaded for {model.layout.ranks} tensor-parallel ranks, and the mesh has {ranks}",
-            )
-        if pack:
+            if emulate:
+                problems.check(mesh.size == 1, f"emulate=True wants a mesh of one device, and this has {mesh.size}")
+            else:
+                problems.check(
+                    ranks == model.layout.ranks,
+                    f"the model was loaded for {model.layout.ranks} tensor-parallel ranks, and the mesh has {ranks}; "
+                    "emulate=True runs any number of ranks on a mesh of one device",
+                )
+        if pack and not emulate:
             model.pack(mesh)
+        if (jax.default_backend() == "gpu") if unroll is None else unroll:
+            model.unstack(mesh)
+        self._stacked, self._emulated = isinstance(model.blocks, Block), emulate
         self.config, self.numerics, self.mesh = model.config, model.numerics, mesh
         self._dtype = model.dtype
         self._graph, self._state = nnx.split(model)
         self._specs = jax.tree.map(
             lambda v: v.replace(v.get_metadata()["spec"]), self._state, is_leaf=lambda x: isinstance(x, nnx.Variable)
         )
-        self._kv_heads = model.layout.ranks * model.layout.local_kv_heads
+        self._ranks, self._kv_heads = model.layout.ranks, model.layout.ranks * model.layout.local_kv_heads
 
     # Compiled programs -------------------------------------------------------------------------------------------------
 
-    def _sharded(self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    def _compile(
+        self, f: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any, *, donate: int | None = None
+    ) -> Callable[..., Any]:
         def run(state: Any, *args: Any) -> Any:
             return f(nnx.merge(self._graph, state), *args)
 
-        return jax.shard_map(run, mesh=self.mesh, in_specs=(self._specs, *in_specs), out_specs=out_specs)
+        in_specs = (self._specs, *in_specs)
+        if self._emulated:
+            in_specs, out_specs = (_without_data(specs) for specs in (in_specs, out_specs))
+            return emulate(run, ranks=self._ranks, axis_name=TENSOR, in_specs=in_specs, out_specs=out_specs)
+        sharded = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        return jax.jit(sharded, donate_argnums=() if donate is None else donate)
 
     @cached_property
     def _score(self) -> Callable[..., Array]:
@@ -104,7 +131,7 @@ class Generator:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             return model(tokens, positions)[0]
 
-        return jax.jit(self._sharded(f, (P(DATA),), P(DATA)))
+        return self._compile(f, (P(DATA),), P(DATA))
 
     @cached_property
     def _extend(self) -> Callable[..., tuple[Array, KVCache]]:
@@ -115,8 +142,8 @@ class Generator:
             logits, cache = model(tokens, positions, cache)  # type: ignore[assignment]
             return logits, cache
 
-        specs = (P(DATA), P(DATA), KVCache.spec())
-        return jax.jit(self._sharded(f, specs, (P(DATA), KVCache.spec())), donate_argnums=3)
+        of_cache = KVCache.spec(stacked=self._stacked)
+        return self._compile(f, (P(DATA), P(DATA), of_cache), (P(DATA), of_cache), donate=3)
 
     @cached_property
     def _steps(self) -> dict[Sampling, tuple[Callable[..., Any], Callable[..., Any]]]:
@@ -138,29 +165,26 @@ class Generator:
                 logits, cache = model(tokens[:, None], positions[:, None], cache)  # type: ignore[assignment]
                 return sample(logits[:, 0], seeds, positions + 1, sampling), logits[:, 0], cache
 
-            specs = (P(DATA), P(DATA), P(DATA), KVCache.spec())
-            outs = (P(DATA), P(DATA), KVCache.spec())
+            of_cache = KVCache.spec(stacked=self._stacked)
+            specs, outs = (P(DATA), P(DATA), P(DATA), of_cache), (P(DATA), P(DATA), of_cache)
             self._steps[sampling] = tuple(  # type: ignore[assignment]
-                jax.jit(self._sharded(f, specs, outs), donate_argnums=4) for f in (prefill, decode)
+                self._compile(f, specs, outs, donate=4) for f in (prefill, decode)
             )
         return self._steps[sampling]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A finite cache for ``capacity`` positions, rounded up to whole attention blocks."""
         block = self.numerics.contract.kv_block
-        shape = (
-            self.config.num_layers,
-            batch,
-            self._kv_heads,
-            -(-capacity // block) * block,
-            self.config.head_dim,
-        )
-        cache: KVCache = jax.tree.map(
-            lambda spec: jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, spec)),
-            KVCache.spec(),
-            is_leaf=lambda x: isinstance(x, P),
-        )
-        return cache
+        shape = (batch, self._kv_heads, -(-capacity // block) * block, self.config.head_dim)
+        spec = KVCache.spec(stacked=self._stacked).k
+
+        def zeros(*lead: int) -> Array:
+            return jnp.zeros((*lead, *shape), self._dtype, device=NamedSharding(self.mesh, spec))
+
+        layers = self.config.num_layers
+        if self._stacked:
+            return KVCache(zeros(layers), zeros(layers))
+        return KVCache(tuple(zeros() for _ in range(layers)), tuple(zeros() for _ in range(layers)))
 
     # What users call ---------------------------------------------------------------------------------------------------
 
@@ -305,3 +329,12 @@ class Generator:
 def _is_index(value: Any, size: int) -> bool:
     """An integer of any kind (a float would be cut without a word), in 0..size-1."""
     return hasattr(value, "__index__") and 0 <= value < size
+
+
+def _without_data(specs: Any) -> Any:
+    """Specs of a mesh whose DATA axis has one rank, without it."""
+
+    def one(spec: P) -> P:
+        return P(*(None if axis == DATA else axis for axis in spec))
+
+    return jax.tree.map(one, specs, is_leaf=lambda x: isinstance(x, P))

@@ -33,6 +33,22 @@ def test_every_mesh(want, tp, dp):
     assert_bitwise_equal(generator(tp=tp, dp=dp, pack=False).score(PROMPTS), want, f"logits on dp {dp} x tp {tp}")
 
 
+@pytest.mark.parametrize("tp, unroll", [(1, True), (3, True), (8, False)])
+def test_layers_apart(want, tp, unroll):
+    """Arrays for each layer, as GPUs like them, or a stack: no bit depends on it. Nor on devices that are not there."""
+    run = generator(tp=tp, unroll=unroll, emulate=True)
+    assert_bitwise_equal(run.score(PROMPTS), want, f"logits of {tp} emulated ranks")
+    short = [prompt[:9] for prompt in PROMPTS]
+    assert_bitwise_equal(run.score_in_chunks(short, 1), [w[:9] for w in want], f"decoded by {tp} emulated ranks")
+
+
+def test_layers_apart_on_a_mesh(want):
+    run = generator(tp=2, dp=3, unroll=True)
+    assert_bitwise_equal(run.score_in_chunks(PROMPTS, 64), want, "logits by chunks on dp 3 x tp 2")
+    found = [g.logits for g in run.generate(PROMPTS, NEW, SAMPLING, with_logits=True)]
+    assert_bitwise_equal(found, [g.logits for g in generator().generate(PROMPTS, NEW, SAMPLING, with_logits=True)])
+
+
 def test_twin_plain_numerics_differ_between_meshes():
     found = {digest(*generator(tp=tp, numerics=PLAIN, pack=False).score(PROMPTS)) for tp in (1, 3, 8)}
     assert len(found) > 1
