@@ -64,9 +64,7 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def check_mesh(
-    config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike, ranks: int | None = None
-) -> None:
+def check_mesh(config: ModelConfig, numerics: Numerics, mesh: Mesh, dtype: DTypeLike, ranks: int | None = None) -> None:
     """All that can be wrong with a mesh or dtype, before anything is read."""
     with Problems("loading") as problems:
         problems.check(TENSOR in mesh.shape, f"the mesh has axes {tuple(mesh.shape)}; one must be {TENSOR!r}")

@@ -169,6 +169,13 @@ def verify(
     prompts_file: Annotated[Path | None, typer.Option(help="A text file instead, one prompt a line.")] = None,
     leaves: Annotated[int, typer.Option(help="Contract: the largest mesh ever to be used.")] = 8,
     tree: Annotated[str, typer.Option(help="Contract: arities of the tree, from the leaves up.")] = "2",
+    emulate: Annotated[
+        bool | None,
+        typer.Option(
+            help="Run meshes that are larger than the number of devices on one of them, rank after rank. Default: on GPUs.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, too.")] = None,
 ) -> None:
     """Run the same prompts on every mesh and in every batch, and compare all bits.
@@ -176,7 +183,9 @@ def verify(
     Exit status 1 if the invariant side differs anywhere.
     """
     meshes, batches = _sizes(mesh_sizes, "--mesh-sizes"), _sizes(batch_sizes, "--batch-sizes")
-    _arrange_devices(max(meshes))
+    _arrange_devices(1 if emulate else max(meshes))
+    import jax
+
     from tbik_jax import verify as experiment
     from tbik_jax.models.open import open_model
 
@@ -197,6 +206,7 @@ def verify(
             prompts=texts,
             new_tokens=new_tokens,
             contract=contract,
+            emulate=jax.default_backend() == "gpu" if emulate is None else emulate,
             progress=lambda text, done, total: update(done, total, text),
         )
     _show(report, meshes, batches)
@@ -219,9 +229,11 @@ def _read_prompts(path: Path) -> list[str]:
 
 def _show(report: Any, meshes: list[int], batches: list[int]) -> None:
     configurations = len(meshes) * len(batches)
+    emulated = sorted({c.tp for side in report.sides for c in side.configurations if c.emulated})
+    note = f" ({', '.join(map(str, emulated))} emulated on one device)" if emulated else ""
     table = Table(
         title=f"{report.model}: {len(report.prompts)} prompts, {report.new_tokens} new tokens, greedy; "
-        f"{configurations} configurations\nmesh sizes {', '.join(map(str, meshes))}  x  batch sizes "
+        f"{configurations} configurations\nmesh sizes {', '.join(map(str, meshes))}{note}  x  batch sizes "
         f"{', '.join(map(str, batches))}",
         caption="texts: different answers per prompt; digests: different SHA-256 of all logits;\n"
         "Δp: how far a top-5 probability moves, mean over positions and largest\n"

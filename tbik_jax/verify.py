@@ -52,6 +52,8 @@ class Configuration:
     #: Per prompt: the generated ids, and SHA-256 of the bits of all logits they were chosen from.
     tokens: tuple[tuple[int, ...], ...] = field(repr=False)
     digests: tuple[str, ...] = field(repr=False)
+    #: Whether one device computed for all ranks, one after the other.
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def check(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     contract: Contract,
+    emulate: bool = False,
 ) -> None:
     """Everything that could go wrong with the request, before any compute."""
     config, devices = opened.config, jax.device_count()
@@ -128,7 +131,10 @@ def check(
         problems.check(len(mesh_sizes) > 0 and len(batch_sizes) > 0, "give at least one mesh size and one batch size")
         problems.check(new_tokens >= 1, f"new_tokens = {new_tokens}; at least one token is generated")
         for tp in mesh_sizes:
-            problems.check(1 <= tp <= devices, f"mesh size {tp}, but there are {devices} devices")
+            problems.check(
+                1 <= tp <= devices or (emulate and tp >= 1),
+                f"mesh size {tp}, but there are {devices} devices; emulate=True runs larger meshes on one of them",
+            )
             largest = Layout.max_ranks(config, contract)
             problems.check(
                 tp <= largest,
@@ -156,9 +162,12 @@ def verify(
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 64,
     contract: Contract | None = None,
+    emulate: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Greedy generation of every prompt under every configuration, in plain and in invariant numerics.
+
+    ``emulate`` lets one device run the ranks of meshes that are larger than the number of devices, one after the other.
 
     Raises:
         ValueError: more ranks than devices or leaves, prompts that do not fit the context, and so on, all listed.
@@ -167,7 +176,7 @@ def verify(
     if opened.tokenizer is None:
         raise ValueError(f"verify: {opened.name} has no tokenizer, and the prompts are texts")
     ids = [opened.tokenizer.encode(prompt) for prompt in prompts]
-    check(opened, mesh_sizes, batch_sizes, ids, new_tokens, contract)
+    check(opened, mesh_sizes, batch_sizes, ids, new_tokens, contract, emulate)
     source, sides, done = CachedSource(opened.source), [], 0
     total = len(dtypes) * len(kinds) * len(mesh_sizes) * len(batch_sizes)
     for dtype in dtypes:
@@ -177,12 +186,14 @@ def verify(
             for tp in mesh_sizes:
                 if progress is not None:
                     progress(f"{kind} {dtype}, mesh {tp}: loading", done, total)
-                mesh = make_mesh(tp=tp)
-                generator = Generator(load(opened.config, source, numerics, mesh, dtype=dtype), mesh)
+                alone = tp > jax.device_count()
+                mesh = make_mesh(tp=1 if alone else tp)
+                model = load(opened.config, source, numerics, mesh, dtype=dtype, ranks=tp if alone else None)
+                generator = Generator(model, mesh, emulate=alone)
                 for batch in batch_sizes:
                     if progress is not None:
                         progress(f"{kind} {dtype}, mesh {tp}, batch {batch}", done, total)
-                    collected.add(tp, batch, *_run(generator, ids, batch, new_tokens))
+                    collected.add(tp, batch, *_run(generator, ids, batch, new_tokens), emulated=alone)
                     done += 1
                 collected.compare_prefill(generator, ids)
             sides.append(collected.side(kind, dtype))
@@ -227,7 +238,7 @@ class _Collected:
         self._high: list[npt.NDArray[Any]] = []
         self._agreed: list[int] = []  # per prompt, positions before any configuration chose another token
 
-    def add(self, tp: int, batch: int, seconds: float, found: list[Generation]) -> None:
+    def add(self, tp: int, batch: int, seconds: float, found: list[Generation], *, emulated: bool = False) -> None:
         if not self.configurations:
             self._reference = found
             self._top = [np.argsort(-_logits(g), axis=-1, kind="stable")[:, :5] for g in found]
@@ -241,7 +252,8 @@ class _Collected:
             # The distribution at the first different token still had the same context.
             self._agreed[i] = min([self._agreed[i], *[at + 1 for at in parted[:1]]])
         digests = tuple(digest(_logits(g)) for g in found)
-        self.configurations.append(Configuration(tp, batch, round(seconds, 3), tuple(g.tokens for g in found), digests))
+        tokens = tuple(g.tokens for g in found)
+        self.configurations.append(Configuration(tp, batch, round(seconds, 3), tokens, digests, emulated))
         self._last = found
 
     def _probabilities(self, prompt: int, g: Generation) -> npt.NDArray[Any]:

@@ -109,8 +109,10 @@ def input_gradient(dy: Array, w: Array, *, layout: Layout = "lnk") -> Array:
 
 
 def weight_gradient(dy: Array, x: Array, *, layout: Layout = "lnk") -> Array:
-    """``dw[l, n, k] = sum_m dy[m, n] * x[m, l, k]``: one leaf over the rows. ``dy [M, N]``, ``x [M, leaves, k]``; f32, laid out as
-    the weight."""
+    """``dw[l, n, k] = sum_m dy[m, n] * x[m, l, k]``: one leaf over the rows. ``dy [M, N]``, ``x [M, leaves, k]``; f32.
+
+    It is laid out as the weight.
+    """
     if _family() == "sm90":
         stored = layout.translate(str.maketrans("lnk", "bmn"))
         return _hopper(f"km,kbn->{stored}", dy, x, (Node(0, 1),), jnp.float32)[0]

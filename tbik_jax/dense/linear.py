@@ -115,7 +115,15 @@ def row_parallel(
     if not isinstance(w, PackedWeight) and w.ndim == 2:
         w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
     return _summed(
-        x, w, layout, bias, tree, axis_name=axis_name, dtype=dtype, scatter_dimension=scatter_dimension, algorithm=algorithm
+        x,
+        w,
+        layout,
+        bias,
+        tree,
+        axis_name=axis_name,
+        dtype=dtype,
+        scatter_dimension=scatter_dimension,
+        algorithm=algorithm,
     )
 
 

@@ -218,9 +218,13 @@ def test_a_weight_may_be_stored_in_any_layout(rng, layout):
     assert_bitwise_equal(
         matmul.node_products(x, stored, nodes, layout=layout), matmul.node_products(x, w, nodes), "forward"
     )
-    assert_bitwise_equal(matmul.input_gradient(dy, stored, layout=layout), matmul.input_gradient(dy, w), "input gradient")
+    assert_bitwise_equal(
+        matmul.input_gradient(dy, stored, layout=layout), matmul.input_gradient(dy, w), "input gradient"
+    )
     got = matmul.weight_gradient(dy, x, layout=layout)
-    assert_bitwise_equal(got, matmul.weight_gradient(dy, x).transpose(["lnk".index(a) for a in layout]), "weight gradient")
+    assert_bitwise_equal(
+        got, matmul.weight_gradient(dy, x).transpose(["lnk".index(a) for a in layout]), "weight gradient"
+    )
 
 
 @pytest.mark.invariance

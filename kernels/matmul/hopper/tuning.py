@@ -53,13 +53,15 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * 64 * 2
-    most = 8 if few or columns <= 96 and not waits else 4 if waits or columns > 128 else 6
+    most = 8 if few or (columns <= 96 and not waits) else 4 if waits or columns > 128 else 6
     stages = min(most, (_SHARED - 2 * _TAKEN - out) // stage)
     if stages < 2:
         return None
     # What remains is for the sums; the others wait in device memory. Two blocks then share the columns that they read, which
     # keeps them together in the L2 cache.
-    near = min(waits * spill.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * spill.WORDS))
+    near = min(
+        waits * spill.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * spill.WORDS)
+    )
     if few:
         pairs = problem.k * program.leaves >= 16384
     else:
@@ -77,7 +79,7 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     leaves, m = problem.program.leaves, problem.m
     # The weight on the right: narrow blocks, as many as there are multiprocessors. Rows that are not there take room only.
     columns = next((c for c in (8, 16, 24, 32, 48, 64) if -(-problem.n // c) <= blocks), 64)
-    if 32 < m <= 64 or columns <= 32 and leaves <= (4 if m <= 32 else 1):
+    if 32 < m <= 64 or (columns <= 32 and leaves <= (4 if m <= 32 else 1)):
         resident = 2 if -(-problem.n // columns) > blocks else 1
         found = _ring(problem, SmallTiles(columns, False, 256 if columns <= 16 and m <= 64 else 128), resident)
         if found is not None:
@@ -89,7 +91,9 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     split = max(s for s in (1, 2, 4, 8) if leaves % s == 0 and (s == 1 or across * s <= blocks))
     resident = min(2, max(1, -(-across * split // blocks)))
     depths = (256, 128, 64) if m <= 32 and resident == 1 else (128, 64)
-    return next((found for d in depths if (found := _ring(problem, SmallTiles(64, True, d, split=split), resident))), None)
+    return next(
+        (found for d in depths if (found := _ring(problem, SmallTiles(64, True, d, split=split), resident))), None
+    )
 
 
 def _ring(problem: Problem, tiles: SmallTiles, resident: int = 1) -> SmallTiles | None:
