@@ -92,9 +92,9 @@ class Block(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         with jax.named_scope("attention"):
             y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
-            x = numerics.add(x, y)
         with jax.named_scope("mlp"):
-            gate, up = self.gate_up(numerics, numerics.rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+            x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], self.config.rms_norm_eps)
+            gate, up = self.gate_up(numerics, normal)
             (y,) = self.down(numerics, numerics.swiglu(gate, up))
             return numerics.add(x, y), cache
 

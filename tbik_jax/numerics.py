@@ -16,7 +16,6 @@ from tbik_jax import dense
 from tbik_jax.collectives import Algorithm
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
-from tbik_jax.kernels.exact import cast
 
 Array = jax.Array
 Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
@@ -67,6 +66,10 @@ class Numerics(ABC):
         """See :func:`tbik_jax.dense.rms_norm`."""
 
     @abstractmethod
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        """``(add(x, y), rms_norm of it)``; see :func:`tbik_jax.dense.add_rms_norm`."""
+
+    @abstractmethod
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """See :func:`tbik_jax.dense.rope`."""
 
@@ -104,10 +107,13 @@ class Invariant(Numerics):
         )
 
     def add(self, x: Array, y: Array) -> Array:
-        return cast(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+        return dense.add(x, y)
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return dense.rms_norm(x, scale, eps=eps)
+
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        return dense.add_rms_norm(x, y, scale, eps=eps)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         return dense.rope(x, cos, sin)
@@ -167,6 +173,10 @@ class Plain(Numerics):
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        total = self.add(x, y)
+        return total, self.rms_norm(total, scale, eps)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -64,8 +64,8 @@ def _map(m: Any, *refs: Any, f: Callable[..., Any], size: int, chunk: int, input
             m.store(ref, place, values, where)
 
 
-def rope(x: Array, cos: Array, sin: Array, *, back: bool = False) -> Array:
-    """``x [..., heads, D]`` rotated by tables ``[..., D / 2]``, or rotated back."""
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """``x [..., heads, D]`` rotated by tables ``[..., D / 2]``; see :func:`tbik_jax.kernels.rope.rope`."""
     *leading, heads, dim = x.shape
     cos, sin = (jnp.broadcast_to(table, (*leading, dim // 2)) for table in (cos, sin))
     tokens, half = math.prod(leading), dim // 2
@@ -73,13 +73,13 @@ def rope(x: Array, cos: Array, sin: Array, *, back: bool = False) -> Array:
         return x
     chunk = math.gcd(half, _CHUNK)
     groups = -(-heads // _HEADS)
-    program = partial(_rope, tokens=tokens, heads=heads, half=half, chunk=chunk, groups=groups, back=back)
+    program = partial(_rope, tokens=tokens, heads=heads, half=half, chunk=chunk, groups=groups)
     blocks = -(-tokens * groups * (half // chunk) // simt.THREADS)
     return simt.launch(program, blocks, (x, cos, sin), jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 def _rope(
-    m: Any, x: Any, cos: Any, sin: Any, y: Any, *, tokens: int, heads: int, half: int, chunk: int, groups: int, back: bool
+    m: Any, x: Any, cos: Any, sin: Any, y: Any, *, tokens: int, heads: int, half: int, chunk: int, groups: int
 ) -> None:
     """A thread has a chunk of either half, of every ``groups``-th head of a token."""
     chunks = half // chunk
@@ -97,8 +97,6 @@ def _rope(
     ]
     loaded = [(m.load(x, at, chunk, where), m.load(x, at + half, chunk, where)) for at, where in here]
     for (at, where), (x1, x2) in zip(here, loaded, strict=True):
-        turned = [
-            formulas.rotate(a, b, c, -s if back else s) for a, b, (c, s) in zip(x1, x2, angles, strict=True)
-        ]
+        turned = [formulas.rotate(a, b, c, s) for a, b, (c, s) in zip(x1, x2, angles, strict=True)]
         m.store(y, at, [a for a, _ in turned], where)
         m.store(y, at + half, [b for _, b in turned], where)

@@ -173,26 +173,35 @@ def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, be
         inside = row < rows
         base = m.wide(row) * d
 
-        def load(ref: Any) -> list[list[Any]]:
-            return [m.load(ref, base + at, CHUNK, inside & where) for at, where in columns]
+        def load(ref: Any, number: int, **how: bool) -> list[Any]:
+            at, where = columns[number]
+            return m.load(ref, base + at, CHUNK, inside & where, **how)
 
-        xs, dys, besides = load(x), load(dy), load(refs[3]) if beside else None
-        factors = [m.load(scale, m.wide(at), CHUNK, where) for at, where in columns]
-        dnormals = [[a * b for a, b in zip(*chunks, strict=True)] for chunks in zip(dys, factors, strict=True)]
+        def load_scale(number: int) -> list[Any]:
+            at, where = columns[number]
+            return m.load(scale, m.wide(at), CHUNK, where, again=True)
+
+        chunks = range(len(columns))
+        xs, dys = [load(x, c) for c in chunks], [load(dy, c) for c in chunks]
         squares = _sum_of_chunks(m, [[a * a for a in chunk] for chunk in xs])
-        along = _sum_of_chunks(m, [[a * b for a, b in zip(*c, strict=True)] for c in zip(dnormals, xs, strict=True)])
+        along = _sum_of_chunks(
+            m, [[(a * b) * c for a, b, c in zip(dys[c], load_scale(c), xs[c], strict=True)] for c in chunks]
+        )
         squares, along = _sum_of_lanes(m, [squares, along], count, i)
         # Rows behind the last have no share in the scale's gradient, not even that of a row of zeros and eps = 0.
         inverse = m.select(inside, _inverse(m, squares, mean, eps), 0.0)
         along = (along * inverse) * mean
         after = []
-        for number, (at, where) in enumerate(columns):
-            normal = [a * inverse for a in xs[number]]
-            sums_here = sums[number * CHUNK : (number + 1) * CHUNK]
-            after += [total + a * b for total, a, b in zip(sums_here, dys[number], normal, strict=True)]
-            gradient = [(a - b * along) * inverse for a, b in zip(dnormals[number], normal, strict=True)]
-            if besides is not None:
-                gradient = [a + b for a, b in zip(besides[number], m.rounded(gradient, dx), strict=True)]
+        for c, (at, where) in enumerate(columns):
+            # Read again: what waits in registers would leave room for fewer blocks.
+            dys_here = load(dy, c, again=True)
+            normal = [a * inverse for a in load(x, c, again=True)]
+            after += [a + b * n for a, b, n in zip(sums[c * CHUNK : (c + 1) * CHUNK], dys_here, normal, strict=True)]
+            gradient = [
+                (b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)
+            ]
+            if beside:
+                gradient = [a + b for a, b in zip(load(refs[3], c), m.rounded(gradient, dx), strict=True)]
             m.store(dx, base + at, gradient, inside & where)
         return after
 

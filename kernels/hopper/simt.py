@@ -190,16 +190,26 @@ class Machine:
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
-    def load(self, ref: Any, index: Int, count: int, where: Int | bool = True, other: float = 0.0) -> list[Float]:
+    def load(
+        self,
+        ref: Any,
+        index: Int,
+        count: int,
+        where: Int | bool = True,
+        other: float = 0.0,
+        *,
+        again: bool = False,
+    ) -> list[Float]:
         """``ref.flat[index : index + count]`` as f32, in accesses of up to 16 bytes, which must be aligned to their size.
 
-        ``other`` (of f32 only, unless 0) where ``where`` is false, and then nothing is read.
+        ``other`` (of f32 only, unless 0) where ``where`` is false, and then nothing is read. ``again``: from the cache, at
+        this place, instead of from registers that a compiler keeps since an earlier load.
         """
         dtype = _dtype(ref)
         return [
             value
             for offset, size in _pieces(count, dtype.itemsize)
-            for value in _unpack(_read(_address(ref, index + offset), size * dtype.itemsize, where, other), dtype)
+            for value in _unpack(_read(_address(ref, index + offset), size * dtype.itemsize, where, other, again), dtype)
         ]
 
     def store(self, ref: Any, index: Int, values: Sequence[Float], where: Int | bool = True) -> list[Float]:
@@ -283,7 +293,7 @@ def _braced(count: int, first: int = 0) -> str:
     return "{" + ", ".join(f"${first + i}" for i in range(count)) + "}" if count > 1 else f"${first}"
 
 
-def _read(address: Any, bytes_: int, where: Int | bool, other: float) -> list[Any]:
+def _read(address: Any, bytes_: int, where: Int | bool, other: float, again: bool) -> list[Any]:
     """As words of 32 bits, or one of 16."""
     count, bits = (bytes_ // 4, 32) if bytes_ >= 4 else (1, 16)
     vector = f".v{count}" if count > 1 else ""
@@ -295,7 +305,7 @@ def _read(address: Any, bytes_: int, where: Int | bool, other: float) -> list[An
         text = f"{fills} @${count + 1} {text}"
         operands.append(where.value)
     type_ = ir.IntegerType.get_signless(bits)
-    found = mgpu.utils.inline_ptx(text, *operands, result_types=[type_] * count)
+    found = mgpu.utils.inline_ptx(text, *operands, result_types=[type_] * count, has_side_effects=again)
     return list(found) if isinstance(found, tuple | list) else [found]
 
 

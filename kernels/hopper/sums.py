@@ -26,20 +26,19 @@ def leaf_sums(x: Array, top: Array | None = None) -> Array:
     """The sum of ``x``, or of ``exp(x - top)``, over the last dimension.
 
     Args:
-        x: ``[rows, leaves, width]`` f32.
-        top: ``[rows]`` f32.
+        x: ``[..., leaves, width]`` f32.
+        top: ``[...]`` f32.
 
     Returns:
-        ``[rows, leaves]`` f32.
+        ``[..., leaves]`` f32.
     """
-    rows, leaves, width = x.shape
+    *rows, leaves, width = x.shape
     if not x.size:
-        return jnp.zeros((rows, leaves), jnp.float32)
+        return jnp.zeros((*rows, leaves), jnp.float32)
     program = partial(_leaf_sum, leaves=leaves, width=width)
     inputs = (x,) if top is None else (x, top)
-    return simt.launch(
-        program, rows * leaves, inputs, jax.ShapeDtypeStruct((rows, leaves), jnp.float32), shared=1
-    )
+    out = jax.ShapeDtypeStruct((*rows, leaves), jnp.float32)
+    return simt.launch(program, math.prod(out.shape), inputs, out, shared=1)
 
 
 def _leaf_sum(m: Any, x: Any, *refs: Any, leaves: int, width: int) -> None:
