@@ -96,7 +96,9 @@ def _add_rms_norm(eps: float, x: Array, y: Array, scale: Array) -> tuple[Array, 
     return call("add_rms_norm", lambda x, y, scale: norms.rms_norm(x, scale, eps, y), x, y, scale)
 
 
-def _add_forward(eps: float, x: Array, y: Array, scale: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+def _add_forward(
+    eps: float, x: Array, y: Array, scale: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
     total, normal = _add_rms_norm(eps, x, y, scale)
     return (total, normal), (total, scale, jnp.zeros((), y.dtype))
 

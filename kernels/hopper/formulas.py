@@ -17,7 +17,7 @@ _FARTHEST = 88.0  # e**88 is still a float; beyond e**-88 results are zero
 def exp(m: Machine, x: Float) -> Float:
     """``e**x``, within 2**-21; of 88 above it, and 0 below -87.34.
 
-        t = x * log2 e,   y = 2**t by ex2.approx.ftz,   y + y * (r * ln 2)   with r = what t was rounded by
+    t = x * log2 e,   y = 2**t by ex2.approx.ftz,   y + y * (r * ln 2)   with r = what t was rounded by
     """
     x = m.clip(x, -_FARTHEST, _FARTHEST)
     t = x * _LOG2_E
@@ -32,20 +32,24 @@ def sigmoid(m: Machine, g: Float) -> Float:
 
 
 def swiglu(m: Machine, g: Float, u: Float) -> tuple[Float]:
+    """``(g * sigmoid(g)) * u``."""
     return ((g * sigmoid(m, g)) * u,)
 
 
 def swiglu_gradients(m: Machine, g: Float, u: Float, dy: Float) -> tuple[Float, Float]:
+    """``(dy * u) * (s + silu * (1 - s))`` and ``dy * silu``."""
     s = sigmoid(m, g)
     silu = g * s
     return (dy * u) * (s + silu * (1.0 - s)), dy * silu
 
 
 def add(m: Machine, x: Float, y: Float) -> tuple[Float]:
+    """The residual sum."""
     return (x + y,)
 
 
 def rotate(x1: Float, x2: Float, cos: Float, sin: Float) -> tuple[Float, Float]:
+    """A pair of the two halves, turned."""
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 

@@ -55,8 +55,7 @@ def _map(m: Any, *refs: Any, f: Callable[..., Any], size: int, chunk: int, input
     if size % (simt.THREADS * chunk * _UNROLL) == 0:
         inside = [True] * _UNROLL
     loaded = [
-        [m.load(ref, place, chunk, where) for ref in refs[:inputs]]
-        for place, where in zip(places, inside, strict=True)
+        [m.load(ref, place, chunk, where) for ref in refs[:inputs]] for place, where in zip(places, inside, strict=True)
     ]
     for place, where, arguments in zip(places, inside, loaded, strict=True):
         results = zip(*(f(m, *elements) for elements in zip(*arguments, strict=True)), strict=True)

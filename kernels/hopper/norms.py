@@ -197,9 +197,7 @@ def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, be
             dys_here = load(dy, c, again=True)
             normal = [a * inverse for a in load(x, c, again=True)]
             after += [a + b * n for a, b, n in zip(sums[c * CHUNK : (c + 1) * CHUNK], dys_here, normal, strict=True)]
-            gradient = [
-                (b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)
-            ]
+            gradient = [(b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)]
             if beside:
                 gradient = [a + b for a, b in zip(load(refs[3], c), m.rounded(gradient, dx), strict=True)]
             m.store(dx, base + at, gradient, inside & where)

@@ -209,7 +209,9 @@ class Machine:
         return [
             value
             for offset, size in _pieces(count, dtype.itemsize)
-            for value in _unpack(_read(_address(ref, index + offset), size * dtype.itemsize, where, other, again), dtype)
+            for value in _unpack(
+                _read(_address(ref, index + offset), size * dtype.itemsize, where, other, again), dtype
+            )
         ]
 
     def store(self, ref: Any, index: Int, values: Sequence[Float], where: Int | bool = True) -> list[Float]:
@@ -259,8 +261,8 @@ class Machine:
         self, count: int, carry: Sequence[Float], body: Callable[[Int, list[Float]], Sequence[Float]]
     ) -> list[Float]:
         """``for i in range(count): carry = body(i, carry)``."""
-        constant = lambda x: mgpu.utils.c(x, _i32())
-        for_op = scf.ForOp(constant(0), constant(count), constant(1), [x.value for x in carry])
+        first, last, step = (mgpu.utils.c(x, _i32()) for x in (0, count, 1))
+        for_op = scf.ForOp(first, last, step, [x.value for x in carry])
         with ir.InsertionPoint(for_op.body):
             after = body(Int(for_op.induction_variable), [Float(x) for x in for_op.inner_iter_args])
             scf.yield_([x.value for x in after])

@@ -53,17 +53,19 @@ def _leaf_sum(m: Any, x: Any, *refs: Any, leaves: int, width: int) -> None:
         chunks = []
         for step in range(_UNROLL):
             column = ((i * _UNROLL + step) * simt.THREADS + m.thread) * CHUNK
-            chunks.append([
-                value
-                for offset in range(0, CHUNK, together)
-                for value in m.load(
-                    x,
-                    base + column + offset,
-                    together,
-                    column + offset < width,
-                    -math.inf if exponential else 0.0,
-                )
-            ])
+            chunks.append(
+                [
+                    value
+                    for offset in range(0, CHUNK, together)
+                    for value in m.load(
+                        x,
+                        base + column + offset,
+                        together,
+                        column + offset < width,
+                        -math.inf if exponential else 0.0,
+                    )
+                ]
+            )
         for chunk in chunks:
             total = total + pairwise([exp(m, value - top) for value in chunk] if exponential else chunk)
         return [total]
