@@ -328,9 +328,10 @@ def _stage(name: str, width: int) -> Case:
     def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
         return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
 
-    rows, scale = ((8192, width), "bfloat16"), ((width,), "bfloat16")
+    rows: Shape = ((8192, width), "bfloat16")
+    scale: Shape = ((width,), "bfloat16")
     heads, angles = ((8192, 32, width), "bfloat16"), ((8192, width // 2), "float32")
-    return {
+    stages: dict[str, Case] = {
         "rms-norm": (lambda x, scale: norms.rms_norm(x, scale, 1e-6)[1], (rows, scale)),
         "add-rms-norm": (lambda x, y, scale: norms.rms_norm(x, scale, 1e-6, y), (rows, rows, scale)),
         "rms-norm-gradients": (rms_norm_gradients, (rows, rows, rows, scale)),
@@ -339,7 +340,8 @@ def _stage(name: str, width: int) -> Case:
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),
         "log-sum-exp": (sums.leaf_sums, (((1024, 8, width), "float32"), ((1024,), "float32"))),
-    }[name]
+    }
+    return stages[name]
 
 
 def _hopper(direction: str, shape: shapes.ProductShape, m: int, leaves: int, tree: str) -> Case:

@@ -76,7 +76,7 @@ def _backward(eps: float, saved: tuple[Array, Array], dy: Array) -> tuple[Array,
     if backend.family() == "sm90":
         from tbik_jax.kernels.hopper import call, norms
 
-        return call("rms_norm", lambda *given: norms.rms_norm_gradients(*given, eps), x, scale, dy)
+        return call("rms_norm", lambda x, scale, dy: norms.rms_norm_gradients(x, scale, dy, eps), x, scale, dy)
     normal, inverse = _normalise(eps, x)
     dy = dy.astype(jnp.float32)
     dnormal = product(dy, scale.astype(jnp.float32))

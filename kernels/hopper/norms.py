@@ -37,14 +37,12 @@ def rms_norm(x: Array, scale: Array, eps: float, residual: Array | None = None) 
     x, rows, d = _rows(x)
     scale = _padded(scale)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    if residual is not None:
-        inputs, out = (x, _rows(residual)[0], scale), (like, like)
-    else:
-        inputs, out = (x, scale), (like,)
+    added = () if residual is None else (_rows(residual)[0],)
     if not x.size:
         return x.reshape(shape), x.reshape(shape)
     program = partial(_forward, rows=rows, d=x.shape[1], mean=1.0 / d, eps=eps, residual=residual is not None)
-    done = simt.launch(program, -(-rows // _rows_of_block(d)), inputs, out, shared=_exchanged(d, 1))
+    blocks, out = -(-rows // _rows_of_block(d)), (like,) * (1 + len(added))
+    done = simt.launch(program, blocks, (x, *added, scale), out, shared=_exchanged(d, 1))
     total, normal = (x, *done) if residual is None else done
     return total[:, :d].reshape(shape), normal[:, :d].reshape(shape)
 

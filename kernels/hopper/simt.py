@@ -43,7 +43,7 @@ def launch(program: Callable[..., None], blocks: int, inputs: Sequence[Array], o
 
         run(*refs, lax.axis_index("grid"))
 
-    body.__name__ = getattr(program, "__name__", None) or program.func.__name__  # type: ignore[attr-defined]
+    body.__name__ = getattr(program, "__name__", None) or program.func.__name__
     return plgpu.kernel(
         body,
         out_type=out,
