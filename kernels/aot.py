@@ -315,6 +315,7 @@ _STAGES = {
     "add-rms-norm": _WIDTHS,
     "rms-norm-gradients": _WIDTHS,
     "rope": (64, 128),
+    "norm-rope": (64, 128, 256),
     "add": (4096,),
     "swiglu": (12288,),
     "swiglu-gradients": (12288,),
@@ -328,6 +329,9 @@ def _stage(name: str, width: int) -> Case:
     def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
         return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
 
+    def norm_rope(x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return norms.rms_norm_rope(x, scale, cos, sin, 1e-6)
+
     rows: Shape = ((8192, width), "bfloat16")
     scale: Shape = ((width,), "bfloat16")
     heads, angles = ((8192, 32, width), "bfloat16"), ((8192, width // 2), "float32")
@@ -336,6 +340,7 @@ def _stage(name: str, width: int) -> Case:
         "add-rms-norm": (lambda x, y, scale: norms.rms_norm(x, scale, 1e-6, y), (rows, rows, scale)),
         "rms-norm-gradients": (rms_norm_gradients, (rows, rows, rows, scale)),
         "rope": (maps.rope, (heads, angles, angles)),
+        "norm-rope": (norm_rope, (heads, scale, angles, angles)),
         "add": (maps.add, (rows, rows)),
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),

@@ -111,9 +111,10 @@ class Block(nnx.Module):
         q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))
         q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
         if config.qk_norm:
-            q = numerics.rms_norm(q, self.q_norm[...], config.rms_norm_eps)
-            k = numerics.rms_norm(k, self.k_norm[...], config.rms_norm_eps)
-        q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
+            q = numerics.norm_rope(q, self.q_norm[...], config.rms_norm_eps, *rotary)
+            k = numerics.norm_rope(k, self.k_norm[...], config.rms_norm_eps, *rotary)
+        else:
+            q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))

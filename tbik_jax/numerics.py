@@ -74,6 +74,10 @@ class Numerics(ABC):
         """See :func:`tbik_jax.dense.rope`."""
 
     @abstractmethod
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        """``rope(rms_norm(x, scale, eps), cos, sin)``; see :func:`tbik_jax.dense.norm_rope`."""
+
+    @abstractmethod
     def swiglu(self, gate: Array, up: Array) -> Array:
         """See :func:`tbik_jax.dense.swiglu`."""
 
@@ -117,6 +121,9 @@ class Invariant(Numerics):
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         return dense.rope(x, cos, sin)
+
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        return dense.norm_rope(x, scale, cos, sin, eps=eps)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return dense.swiglu(gate, up)
@@ -182,6 +189,9 @@ class Plain(Numerics):
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = cos[..., None, :], sin[..., None, :]
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        return self.rope(self.rms_norm(x, scale, eps), cos, sin)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)

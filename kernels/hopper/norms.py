@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from tbik_jax.kernels.hopper import simt
-from tbik_jax.kernels.hopper.formulas import pairwise
+from tbik_jax.kernels.hopper.formulas import pairwise, rotate
 
 Array = jax.Array
 CHUNK = 8
 TOKENS = 16
+#: Head sizes of which a thread holds both halves of its pairs.
+ROTATED = (64, 128, 256)
 _FAN_IN = 32
 _LARGEST = 16384
 
@@ -45,6 +47,18 @@ def rms_norm(x: Array, scale: Array, eps: float, residual: Array | None = None) 
     done = simt.launch(program, blocks, (x, *added, scale), out, shared=_exchanged(d, 1))
     total, normal = (x, *done) if residual is None else done
     return total[:, :d].reshape(shape), normal[:, :d].reshape(shape)
+
+
+def rms_norm_rope(x: Array, scale: Array, cos: Array, sin: Array, eps: float) -> Array:
+    """The norm of every head of ``x [..., heads, D]``, rotated, for D of :data:`ROTATED`; tables as in `maps.rope`."""
+    *leading, heads, d = x.shape
+    cos, sin = (jnp.broadcast_to(table, (*leading, d // 2)) for table in (cos, sin))
+    if not x.size:
+        return x
+    rows = x.size // d
+    program = partial(_forward_rotated, rows=rows, heads=heads, d=d, eps=eps)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return simt.launch(program, -(-rows // _rows_of_block(d)), (x, scale, cos, sin), out)
 
 
 def rms_norm_gradients(
@@ -151,11 +165,38 @@ def _forward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, res
             m.store(total, base + at, [a + b for a, b in zip(chunk, other, strict=True)], inside & where)
             for (at, where), chunk, other in zip(columns, chunks, added[0], strict=True)
         ]
+    normals = _normals(m, chunks, scales, count, mean, eps)
+    for (at, where), normal in zip(columns, normals, strict=True):
+        m.store(refs[-1], base + at, normal, inside & where)
+
+
+def _normals(m: Any, chunks: Any, scales: Any, count: int, mean: float, eps: float) -> list[list[Any]]:
     squares = _sum_of_chunks(m, [[x * x for x in chunk] for chunk in chunks])
     inverse = _inverse(m, _sum_of_lanes(m, [squares], count)[0], mean, eps)
-    for (at, where), chunk, factors in zip(columns, chunks, scales, strict=True):
-        normal = [(x * inverse) * s for x, s in zip(chunk, factors, strict=True)]
-        m.store(refs[-1], base + at, normal, inside & where)
+    return [
+        [(x * inverse) * s for x, s in zip(chunk, factors, strict=True)]
+        for chunk, factors in zip(chunks, scales, strict=True)
+    ]
+
+
+def _forward_rotated(
+    m: Any, x: Any, scale: Any, cos: Any, sin: Any, y: Any, *, rows: int, heads: int, d: int, eps: float
+) -> None:
+    """A thread has both elements of every pair, and the angles of the first half's chunks."""
+    count = lanes(d)
+    row = m.block * (simt.THREADS // count) + m.thread // count
+    inside = row < rows
+    base, table = m.wide(row) * d, m.wide(row // heads) * (d // 2)
+    columns = [at for at, _ in _columns(m, d)]
+    half = len(columns) // 2
+    chunks = [m.load(x, base + at, CHUNK, inside) for at in columns]
+    scales = [m.load(scale, m.wide(at), CHUNK) for at in columns]
+    angles = [[m.load(of, table + at, CHUNK, inside) for of in (cos, sin)] for at in columns[:half]]
+    normals = [m.rounded(normal, y) for normal in _normals(m, chunks, scales, count, 1.0 / d, eps)]
+    for first, second, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
+        turned = [rotate(*pair) for pair in zip(first, second, c, s, strict=True)]
+        m.store(y, base + at, [a for a, _ in turned], inside)
+        m.store(y, base + at + d // 2, [b for _, b in turned], inside)
 
 
 def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, beside: bool) -> None:

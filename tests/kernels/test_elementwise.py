@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tbik_jax.kernels.norm_rope import norm_rope
 from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
@@ -223,6 +224,19 @@ def test_the_residual_sum_and_its_norm_in_one_step(rng, dtype, shape):
     through_norm, dscale = jax.vjp(lambda *v: rms_norm(*v, eps=EPS), total, scale)[1](dnormal)
     dx = (np.asarray(through_norm).astype(np.float32) + dtotal.astype(np.float32)).astype(dtype)
     assert_bitwise_equal(pull((dtotal, dnormal)), (dx, dx, dscale), "backward")
+
+
+@pytest.mark.invariance
+@every_dtype
+@pytest.mark.parametrize("heads, d", [(3, 64), (8, 128), (2, 256), (5, 10)])
+def test_heads_normalised_and_turned_in_one_step(rng, dtype, heads, d):
+    x, dy = (rng.standard_normal((2, 9, heads, d)).astype(dtype) for _ in range(2))
+    scale, angle = rng.standard_normal(d).astype(dtype), rng.uniform(0, 100, (2, 9, d // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    y, pull = jax.vjp(lambda x, scale: norm_rope(x, scale, cos, sin, eps=EPS), x, scale)
+    want, pull_apart = jax.vjp(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), x, scale)
+    assert_bitwise_equal(y, want, "forward")
+    assert_bitwise_equal(pull(dy), pull_apart(dy), "backward")
 
 
 @pytest.mark.invariance
