@@ -56,7 +56,7 @@ def sample(logits: Array, seeds: Array, positions: Array, sampling: Sampling) ->
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The quotient of `exact`, its reciprocal taken here: of a constant, XLA:GPU may or may not take it while it compiles.
-    scaled = product(logits, np.float32(1) / np.float32(sampling.temperature))
+    scaled = product(logits, float(np.float32(1) / np.float32(sampling.temperature)))
     if 0 < sampling.top_k < logits.shape[-1]:
         least = lax.top_k(scaled, sampling.top_k)[0][:, -1:]
         scaled = jnp.where(scaled >= least, scaled, -jnp.inf)

@@ -6,6 +6,9 @@ On a Hopper GPU the kernels run; elsewhere their threads' programs, in NumPy (`s
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from tbik_jax.contract import Contract
 from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax
-from tbik_jax.kernels import backend
+from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.hopper import formulas, simt, sums
 from tbik_jax.kernels.hopper.spec import norm, norm_gradients, rotated, row_sum
 from tbik_jax.kernels.residual import add
@@ -216,3 +219,16 @@ def test_many_rows_are_rows_alone(rng):
     whole = jax.jit(run)(x, y)
     for rows in (slice(0, 1), slice(8191, 8192), slice(100, 117), slice(4000, 5024)):
         assert_bitwise_equal(jax.jit(run)(x[rows], y[rows]), tuple(np.asarray(v)[rows] for v in whole), f"{rows}")
+
+
+@on_the_card
+@pytest.mark.gpu
+def test_flags_that_change_bits_are_refused():
+    """Twin of the self-test in this process, which passes."""
+    program = "from tbik_jax.kernels import exact; exact.self_test(); print('computed')"
+    flags = {"XLA_FLAGS": "--xla_gpu_ftz=true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **flags}, capture_output=True, text=True, check=False
+    )
+    assert "SelfTestError" in done.stderr and "become zero" in done.stderr and "computed" not in done.stdout
+    exact.self_test()
