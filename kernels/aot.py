@@ -3,6 +3,7 @@
     python -m tbik_jax.kernels.aot --list
     python -m tbik_jax.kernels.aot 'forward/qwen3-8b/down/tp1/*'      # every registered case that fits a pattern
     python -m tbik_jax.kernels.aot 'weight*/qwen3-8b/*' --folder dump # PTX, SASS and the reports of ptxas stay there
+    python -m tbik_jax.kernels.aot 'stage/*'                          # norms, rotations, SwiGLU, log-sum-exp
 
 From Python, in a fresh process (the first call starts JAX on the CPU, without asking for a GPU):
 
@@ -287,7 +288,8 @@ Case = tuple[Callable[..., Any], tuple[Shape, ...]]
 def cases() -> dict[str, Callable[[], Case]]:
     """Name to the function that is compiled under it, and its arguments; built when asked for.
 
-    The products of the catalogue: ``direction/model/product/tp/m/tree``.
+    The products of the catalogue, ``direction/model/product/tp/m/tree``, and the other stages of 8192 tokens,
+    ``stage/name/width``.
     """
     found: dict[str, Callable[[], Case]] = {}
     for shape in shapes.shapes():
@@ -301,7 +303,50 @@ def cases() -> dict[str, Callable[[], Case]]:
                 for tree in ("balanced", "chain") if leaves > 2 else ("balanced",):
                     name = f"{direction}/{shape.model}/{shape.name}/tp{shape.tp}/m{m}/{tree}"
                     found[name] = functools.partial(_hopper, direction, shape, m, leaves, tree)
+    for name, widths in _STAGES.items():
+        for width in widths:
+            found[f"stage/{name}/{width}"] = functools.partial(_stage, name, width)
     return found
+
+
+_WIDTHS = (64, 128, 576, 4096, 5120)
+_STAGES = {
+    "rms-norm": _WIDTHS,
+    "add-rms-norm": _WIDTHS,
+    "rms-norm-gradients": _WIDTHS,
+    "rope": (64, 128),
+    "norm-rope": (64, 128, 256),
+    "add": (4096,),
+    "swiglu": (12288,),
+    "swiglu-gradients": (12288,),
+    "log-sum-exp": (16032, 18992, 4001),
+}
+
+
+def _stage(name: str, width: int) -> Case:
+    from tbik_jax.kernels.hopper import maps, norms, sums
+
+    def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
+        return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
+
+    def norm_rope(x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return norms.rms_norm_rope(x, scale, cos, sin, 1e-6)
+
+    rows: Shape = ((8192, width), "bfloat16")
+    scale: Shape = ((width,), "bfloat16")
+    heads, angles = ((8192, 32, width), "bfloat16"), ((8192, width // 2), "float32")
+    stages: dict[str, Case] = {
+        "rms-norm": (lambda x, scale: norms.rms_norm(x, scale, 1e-6)[1], (rows, scale)),
+        "add-rms-norm": (lambda x, y, scale: norms.rms_norm(x, scale, 1e-6, y), (rows, rows, scale)),
+        "rms-norm-gradients": (rms_norm_gradients, (rows, rows, rows, scale)),
+        "rope": (maps.rope, (heads, angles, angles)),
+        "norm-rope": (norm_rope, (heads, scale, angles, angles)),
+        "add": (maps.add, (rows, rows)),
+        "swiglu": (maps.swiglu, (rows, rows)),
+        "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),
+        "log-sum-exp": (sums.leaf_sums, (((1024, 8, width), "float32"), ((1024,), "float32"))),
+    }
+    return stages[name]
 
 
 def _hopper(direction: str, shape: shapes.ProductShape, m: int, leaves: int, tree: str) -> Case:

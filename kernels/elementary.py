@@ -85,6 +85,7 @@ def log(x: Array) -> Array:
 def rsqrt(x: Array) -> Array:
     """``1 / sqrt(x)``, both steps correctly rounded; ``lax.rsqrt`` may start from a table.
 
-    XLA would make ``lax.rsqrt`` of the quotient if it saw the root.
+    XLA would make ``lax.rsqrt`` of the quotient if it saw the root. For CPUs: XLA:GPU approximates both, and LLVM there sees
+    through :func:`rounded`; `tbik_jax.kernels.hopper` has instructions of its own.
     """
     return quotient(jnp.ones_like(x), rounded(jnp.sqrt(x)))

@@ -43,7 +43,7 @@ def quotient(a: Array, b: Array) -> Array:
     """``a * (1 / b)``, both steps rounded.
 
     XLA makes this of ``a / b`` where it sees that b is broadcast, under ``jit`` alone, and not for a single element.
-    Written out, it is the same everywhere.
+    Written out, it is the same everywhere. On a GPU the reciprocal is an instruction's, within a unit in the last place.
     """
     return product(a, 1.0 / b)
 
@@ -84,13 +84,30 @@ def tree_sum(x: Array, axis: int = -1, *, keepdims: bool = False) -> Array:
 
 @cache
 def self_test() -> None:
-    """Compare the steps of this module, compiled, to NumPy's separate roundings; once per process.
+    """Compare the steps of this module, compiled, to NumPy's separate roundings; once per process, on any backend.
 
-    Under ``--xla_cpu_fast_math_honor_nans=false`` LLVM assumes that nothing is NaN, and takes :func:`rounded` away.
+    What has no correctly rounded result to compare to (exp, log, a reciprocal on a GPU) must be the same alone and among
+    other operations, in one shape and in another. Under ``--xla_cpu_fast_math_honor_nans=false`` LLVM assumes that nothing
+    is NaN, and takes :func:`rounded` away; ``--xla_gpu_ftz=true`` makes zeros of small numbers.
 
     Raises:
         SelfTestError: naming what differs.
     """
+    wrong = [*_wrong_roundings(), *_wrong_functions()]
+    if jax.default_backend() != "cpu":  # where XLA's threads make zeros of them, whatever the flags
+        small, smaller = np.array([[2.0**-100, 3 * 2.0**-120], [3 * 2.0**-40, 2.0**-20]], np.float32)
+        if _run_now(product, small, smaller).tobytes() != (small * smaller).tobytes():
+            wrong.append("numbers below 2**-126 become zero")
+    if wrong:
+        raise SelfTestError(
+            "XLA does not keep roundings that the contract asks for, so results would depend on the mesh:\n"
+            + "\n".join(f"  - {line}" for line in wrong)
+            + "\nCheck XLA_FLAGS: fast math that does not honor NaNs (--xla_cpu_fast_math_honor_nans=false) and"
+            " --xla_gpu_ftz=true must stay off."
+        )
+
+
+def _wrong_roundings() -> list[str]:
     wrong = []
     generator = np.random.default_rng(2511)
     for n in (1, 7, 8, 9, 257):
@@ -102,12 +119,24 @@ def self_test() -> None:
         want = ((a + b).astype(jnp.bfloat16).astype(np.float32) + c).astype(jnp.bfloat16)
         if got.tobytes() != want.tobytes():
             wrong.append(f"a rounding of {n} elements to bfloat16 is dropped")
-    if wrong:
-        raise SelfTestError(
-            "XLA does not keep roundings that the contract asks for, so results would depend on the mesh:\n"
-            + "\n".join(f"  - {line}" for line in wrong)
-            + "\nCheck XLA_FLAGS: fast math that does not honor NaNs (--xla_cpu_fast_math_honor_nans=false) must stay off."
-        )
+    return wrong
+
+
+def _wrong_functions() -> list[str]:
+    """exp, log and a quotient: rows of a matrix alone, and among products and sums, against the whole matrix."""
+    from tbik_jax.kernels.elementary import exp, log
+
+    generator = np.random.default_rng(2512)
+    x, a, c = (generator.uniform(low, high, (19, 33)).astype(np.float32) for low, high in ((1, 40), (0.5, 2), (-1, 1)))
+    wrong = []
+    for name, f in {"exp": exp, "log": log, "a quotient": lambda x: quotient(x, x + 1.0)}.items():
+        whole = _run_now(f, x * a)
+        among = _run_now(lambda x, a, c, f=f: f(product(x, a)) + c, x, a, c)
+        if _run_now(f, (x * a)[3]).tobytes() != whole[3].tobytes():
+            wrong.append(f"{name} of a row depends on the rows beside it")
+        if among.tobytes() != (whole + c).tobytes():
+            wrong.append(f"{name} depends on the operations around it")
+    return wrong
 
 
 def _run_now(f: Callable[..., Array], *arguments: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

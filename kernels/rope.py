@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.exact import cast, product
 
 Array = jax.Array
@@ -27,6 +28,10 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, maps
+
+        return call("rope", maps.rope, x, cos, sin)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     y1 = product(x1, cos) - product(x2, sin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.elementary import exp
 from tbik_jax.kernels.exact import cast, product, quotient
 
@@ -17,6 +18,10 @@ def swiglu(gate: Array, up: Array) -> Array:
 
     Guarantee: elementwise. References: Shazeer, arXiv 2002.05202.
     """
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, maps
+
+        return call("swiglu", maps.swiglu, gate, up)
     g = gate.astype(jnp.float32)
     return cast(product(_silu(g), up.astype(jnp.float32)), gate.dtype)
 
@@ -31,6 +36,10 @@ def _forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     gate, up = saved
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, maps
+
+        return call("swiglu", maps.swiglu_gradients, gate, up, dy)
     g, u, dy = gate.astype(jnp.float32), up.astype(jnp.float32), dy.astype(jnp.float32)
     sigmoid = quotient(jnp.ones_like(g), 1.0 + exp(-g))
     silu = _silu(g)

@@ -96,9 +96,9 @@ class Block(nnx.Module):
         """``cache`` holds all layers, of which this is number ``layer``; or this one alone, and ``layer`` is None."""
         with jax.named_scope("attention"):
             y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
-            x = numerics.add(x, y)
         with jax.named_scope("mlp"):
-            gate, up = self.gate_up(numerics, numerics.rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+            x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], self.config.rms_norm_eps)
+            gate, up = self.gate_up(numerics, normal)
             (y,) = self.down(numerics, numerics.swiglu(gate, up))
             return numerics.add(x, y), cache
 
@@ -115,9 +115,10 @@ class Block(nnx.Module):
         q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))
         q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
         if config.qk_norm:
-            q = numerics.rms_norm(q, self.q_norm[...], config.rms_norm_eps)
-            k = numerics.rms_norm(k, self.k_norm[...], config.rms_norm_eps)
-        q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
+            q = numerics.norm_rope(q, self.q_norm[...], config.rms_norm_eps, *rotary)
+            k = numerics.norm_rope(k, self.k_norm[...], config.rms_norm_eps, *rotary)
+        else:
+            q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             if layer is None:

@@ -16,7 +16,6 @@ from tbik_jax import dense
 from tbik_jax.collectives import Algorithm
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
-from tbik_jax.kernels.exact import cast
 
 Array = jax.Array
 Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
@@ -67,8 +66,16 @@ class Numerics(ABC):
         """See :func:`tbik_jax.dense.rms_norm`."""
 
     @abstractmethod
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        """``(add(x, y), rms_norm of it)``; see :func:`tbik_jax.dense.add_rms_norm`."""
+
+    @abstractmethod
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """See :func:`tbik_jax.dense.rope`."""
+
+    @abstractmethod
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        """``rope(rms_norm(x, scale, eps), cos, sin)``; see :func:`tbik_jax.dense.norm_rope`."""
 
     @abstractmethod
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -104,13 +111,19 @@ class Invariant(Numerics):
         )
 
     def add(self, x: Array, y: Array) -> Array:
-        return cast(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+        return dense.add(x, y)
 
     def rms_norm(self, x: Array, scale: Array, eps: float) -> Array:
         return dense.rms_norm(x, scale, eps=eps)
 
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        return dense.add_rms_norm(x, y, scale, eps=eps)
+
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         return dense.rope(x, cos, sin)
+
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        return dense.norm_rope(x, scale, cos, sin, eps=eps)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return dense.swiglu(gate, up)
@@ -168,10 +181,17 @@ class Plain(Numerics):
         inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
+    def add_rms_norm(self, x: Array, y: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        total = self.add(x, y)
+        return total, self.rms_norm(total, scale, eps)
+
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = cos[..., None, :], sin[..., None, :]
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
+        return self.rope(self.rms_norm(x, scale, eps), cos, sin)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)

@@ -17,13 +17,17 @@ from tbik_jax.dense.vocabulary import (
 )
 from tbik_jax.kernels.attention import attention
 from tbik_jax.kernels.matmul import PackedWeight, pack
-from tbik_jax.kernels.rms_norm import rms_norm
+from tbik_jax.kernels.norm_rope import norm_rope
+from tbik_jax.kernels.residual import add
+from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
 from tbik_jax.kernels.swiglu import swiglu
 
 __all__ = [
     "PackedWeight",
     "Vocabulary",
+    "add",
+    "add_rms_norm",
     "attention",
     "column_parallel",
     "cross_entropy",
@@ -34,6 +38,7 @@ __all__ = [
     "logits",
     "make_dot_general",
     "mask_logits",
+    "norm_rope",
     "pack",
     "rms_norm",
     "rope",

@@ -191,14 +191,24 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
     top = jnp.max(logits, axis=-1)
     if vocabulary.axis_name is not None:
         top = lax.pmax(vary(top, vocabulary.axis_name), vocabulary.axis_name)
-    terms = exp(logits - top[..., None])
-    by_leaf = tree_sum(terms.reshape(*terms.shape[:-1], vocabulary.plan.slots, vocabulary.width))
-    leaves = jnp.moveaxis(by_leaf, -1, 0)
+    leaves = _leaf_sums(logits, vocabulary, top)
     if vocabulary.axis_name is None:
         total = vocabulary.tree.reduce(list(leaves), jnp.add)
     else:
         total = tree_psum(leaves, vocabulary.axis_name, tree=vocabulary.tree)
     return top + log(total)
+
+
+def _leaf_sums(x: Array, vocabulary: Vocabulary, top: Array | None = None) -> Array:
+    """``[slots, ...]``: the sum of ``x``, or of ``exp(x - top)``, over every local leaf, in the family's order."""
+    by_leaf = x.reshape(*x.shape[:-1], vocabulary.plan.slots, vocabulary.width)
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, sums
+
+        total = call("leaf_sums", sums.leaf_sums, by_leaf, *(() if top is None else (top,)))
+    else:
+        total = tree_sum(by_leaf if top is None else exp(by_leaf - top[..., None, None]))
+    return jnp.moveaxis(total, -1, 0)
 
 
 def log_softmax(logits: Array, vocabulary: Vocabulary) -> Array:
@@ -225,7 +235,7 @@ def _log_softmax_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tupl
 def _log_softmax_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     y, like = saved
     dy = jnp.where(jnp.isfinite(y), dy.astype(jnp.float32), 0.0)
-    by_leaf = jnp.moveaxis(tree_sum(dy.reshape(*dy.shape[:-1], vocabulary.plan.slots, vocabulary.width)), -1, 0)
+    by_leaf = _leaf_sums(dy, vocabulary)
     if vocabulary.axis_name is None:
         total = vocabulary.tree.reduce(list(by_leaf), jnp.add)
     else:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.elementary import exp, log
-from tbik_jax.kernels.exact import quotient, tree_sum
+from tbik_jax.kernels.exact import product, quotient, tree_sum
 
 Array = jax.Array
 
@@ -54,7 +55,8 @@ def sample(logits: Array, seeds: Array, positions: Array, sampling: Sampling) ->
     """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = quotient(logits, jnp.full_like(logits, sampling.temperature))
+    # The quotient of `exact`, its reciprocal taken here: of a constant, XLA:GPU may or may not take it while it compiles.
+    scaled = product(logits, float(np.float32(1) / np.float32(sampling.temperature)))
     if 0 < sampling.top_k < logits.shape[-1]:
         least = lax.top_k(scaled, sampling.top_k)[0][:, -1:]
         scaled = jnp.where(scaled >= least, scaled, -jnp.inf)

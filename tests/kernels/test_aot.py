@@ -121,3 +121,15 @@ def test_a_kernel_compiles_for_an_h100():
     assert 64 <= registers <= 255
     assert (wgmma, spilled, contractible) == (4, 0, 0)
     assert 40_000 < shared < 50_000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="JAX has no CUDA plugin here")
+def test_stages_neither_spill_nor_contract(tmp_path):
+    """The command line's exit status; and memory is read 16 bytes at a time."""
+    command = [sys.executable, "-m", "tbik_jax.kernels.aot", "stage/*/4096", "stage/swiglu*", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "no CUDA plugin" in done.stderr or "no ptxas" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = [path.read_text() for path in tmp_path.rglob("*.ptx")]
+    assert kernels and all("ld.global.nc.v4.b32" in ptx and "st.global.v" in ptx for ptx in kernels)

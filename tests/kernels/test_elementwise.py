@@ -1,4 +1,7 @@
-"""rms_norm, rope, swiglu and their gradients: a row alone, among others, under jit, and inside a larger program."""
+"""rms_norm, rope, swiglu and their gradients: a row alone, among others, under jit, and inside a larger program.
+
+Everything runs in the family of this machine; on a CPU also as the programs of Hopper's threads, in NumPy (`simt_numpy`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tbik_jax.kernels.rms_norm import rms_norm
+from tbik_jax.kernels.norm_rope import norm_rope
+from tbik_jax.kernels.residual import add
+from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
 from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.testing import assert_bitwise_equal, bits
+from tests.kernels.families import family
 
+__all__ = ["family"]
 ROWS, HEADS, EPS = 67, 3, 1e-5
 
 
@@ -80,6 +87,7 @@ OPS = {
         lambda g, u, dy: (dy * u * sigmoid(g) * (1 + g * (1 - sigmoid(g))), dy * g * sigmoid(g)),
     ),
 }
+pytestmark = pytest.mark.usefixtures("family")
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
@@ -180,16 +188,66 @@ def test_twin_plain_operations_depend_on_what_surrounds_them(rng, op):
 
 
 @pytest.mark.invariance
-def test_the_gradient_of_a_norms_scale_is_a_fixed_tree_over_rows(rng):
-    """By halving, as `tree_sum` documents; written again in NumPy."""
+def test_the_gradient_of_a_norms_scale_is_a_fixed_tree_over_rows(rng, family):
+    """On the CPU by halving, as `tree_sum` documents; on Hopper 16 rows in order, then pairwise. Written again in NumPy."""
     x, dy = (rng.standard_normal((ROWS, 33)).astype(np.float32) for _ in range(2))
     normal = np.asarray(rms_norm(x, np.ones(33, np.float32), eps=EPS))
     rows = dy * normal
+    if family == "sm90":
+        rows = np.concatenate([rows, np.zeros((-ROWS % 16, 33), np.float32)]).reshape(-1, 16, 33)
+        rows = np.add.accumulate(rows, axis=1)[:, -1]
     while (n := len(rows)) > 1:
-        rows = np.concatenate([rows[: n // 2] + rows[n - n // 2 :], rows[n // 2 : n - n // 2]])
+        if family == "sm90":
+            rows = np.concatenate([rows[: n - 1 : 2] + rows[1::2], rows[n - n % 2 :]])
+        else:
+            rows = np.concatenate([rows[: n // 2] + rows[n - n // 2 :], rows[n // 2 : n - n // 2]])
     scale = rng.standard_normal(33).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda scale: jnp.sum(dy * rms_norm(x, scale, eps=EPS))))(scale)
     assert_bitwise_equal(gradient, rows[0])
+
+
+@pytest.mark.invariance
+@every_dtype
+@pytest.mark.parametrize("shape", [(5, 33), (2, 9, 64)])
+def test_the_residual_sum_and_its_norm_in_one_step(rng, dtype, shape):
+    """Forward and backward as the two steps apart; both results flow on."""
+    x, y, dtotal, dnormal = (rng.standard_normal(shape).astype(dtype) for _ in range(4))
+    scale = rng.standard_normal(shape[-1]).astype(dtype)
+
+    def apart(x, y, scale):
+        total = add(x, y)
+        return total, rms_norm(total, scale, eps=EPS)
+
+    (total, normal), pull = jax.vjp(lambda *v: add_rms_norm(*v, eps=EPS), x, y, scale)
+    assert_bitwise_equal((total, normal), apart(x, y, scale), "forward")
+    assert_bitwise_equal(total, (x.astype(np.float32) + y.astype(np.float32)).astype(dtype), "the sum")
+    through_norm, dscale = jax.vjp(lambda *v: rms_norm(*v, eps=EPS), total, scale)[1](dnormal)
+    dx = (np.asarray(through_norm).astype(np.float32) + dtotal.astype(np.float32)).astype(dtype)
+    assert_bitwise_equal(pull((dtotal, dnormal)), (dx, dx, dscale), "backward")
+
+
+@pytest.mark.invariance
+@every_dtype
+@pytest.mark.parametrize("heads, d", [(3, 64), (8, 128), (2, 256), (5, 10)])
+def test_heads_normalised_and_turned_in_one_step(rng, dtype, heads, d):
+    x, dy = (rng.standard_normal((2, 9, heads, d)).astype(dtype) for _ in range(2))
+    scale, angle = rng.standard_normal(d).astype(dtype), rng.uniform(0, 100, (2, 9, d // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    y, pull = jax.vjp(lambda x, scale: norm_rope(x, scale, cos, sin, eps=EPS), x, scale)
+    want, pull_apart = jax.vjp(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), x, scale)
+    assert_bitwise_equal(y, want, "forward")
+    assert_bitwise_equal(pull(dy), pull_apart(dy), "backward")
+
+
+@pytest.mark.invariance
+@every_op
+def test_vmap_is_one_example_after_another(rng, op):
+    values = arguments(rng, op, 16, "float32")
+    many = [np.stack([value, value[::-1]]) if i < op.per_row else value for i, value in enumerate(values)]
+    axes = [0 if i < op.per_row else None for i in range(len(values))]
+    got = jax.vmap(op.run, axes)(*many)
+    assert_bitwise_equal(got[0], op.run(*values))
+    assert_bitwise_equal(got[1], op.run(*(v[1] if i < op.per_row else v for i, v in enumerate(many))))
 
 
 # Values --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""Elementwise stages, row sums and their gradients on Hopper GPUs, as programs of single threads.
+
+`simt` is what a thread can do; `formulas` are the stages as arithmetic; `maps` (no sums), `norms` (sums over a row and over
+tokens) and `sums` (leaves of the vocabulary) are the kernels; `call` is how the rest of the package runs them.
+
+Every order is a function of one length: how many rows there are, and which block has them, moves no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tbik_jax._axes import vary_like
+from tbik_jax._problems import Problems
+from tbik_jax.kernels.batching import one_by_one
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def call(where: str, f: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """``f(*arrays)``, example by example under ``jax.vmap``; results vary over the mesh as the arrays do.
+
+    Raises:
+        NotImplementedError: a dtype that no kernel reads.
+    """
+    with Problems(where) as problems:
+        for i, x in enumerate(arrays):
+            if x.dtype.name not in DTYPES:
+                problems.unsupported(
+                    f"argument {i} is {x.dtype}; Hopper's kernels read {', '.join(DTYPES)}: cast it, or run on the CPU"
+                )
+    return jax.tree.map(lambda y: vary_like(y, *arrays), one_by_one(f)(*arrays))

@@ -1,0 +1,106 @@
+"""The machine of `tbik_jax.kernels.hopper.simt` in NumPy: every thread of every block at once, as arrays ``[blocks, 128]``.
+
+What a GPU rounds correctly is the same here; exp2 and the approximate inverse are NumPy's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from tbik_jax.kernels.hopper import simt
+
+
+class Machine:
+    def __init__(self, blocks: int) -> None:
+        self.shape = blocks, simt.THREADS
+        self.block = np.broadcast_to(np.arange(blocks)[:, None], self.shape)
+        self.thread = np.broadcast_to(np.arange(simt.THREADS), self.shape)
+        self.written: dict[int, np.ndarray] = {}
+
+    def zero(self):
+        return np.zeros(self.shape, np.float32)
+
+    def wide(self, x):
+        return x
+
+    def fma(self, a, b, c):
+        a, b, c = (np.asarray(np.float32(x), np.float64) for x in (a, b, c))
+        return np.float32(a * b + c)
+
+    def clip(self, x, low, high):
+        return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
+
+    def exp2(self, x):
+        y = np.exp2(x)
+        return np.where(y < 2.0**-126, np.float32(0), y)
+
+    def about_inverse(self, x):
+        y = np.float32(1) / x
+        return np.where(np.abs(y) < 2.0**-126, np.float32(0), y)
+
+    def inverse(self, x):
+        return np.float32(1) / x
+
+    def sqrt(self, x):
+        return np.sqrt(x)
+
+    def select(self, condition, a, b):
+        return np.where(condition, a, np.float32(b) if isinstance(b, float) else b)
+
+    def load(self, ref, index, count, where=True, other=0.0, *, again=False):
+        where = np.broadcast_to(where, self.shape)
+        index = np.where(where, index, 0)
+        self._check_aligned(ref, index, count)
+        return [np.where(where, ref.reshape(-1)[index + i].astype(np.float32), np.float32(other)) for i in range(count)]
+
+    def store(self, ref, index, values, where=True):
+        where = np.broadcast_to(where, self.shape)
+        index = np.broadcast_to(index, self.shape)
+        self._check_aligned(ref, np.where(where, index, 0), len(values))
+        times = self.written.setdefault(id(ref), np.zeros(ref.size, np.int32))
+        for i, value in enumerate(values):
+            at = (index + i)[where]
+            np.add.at(times, at, 1)
+            ref.reshape(-1)[at] = np.broadcast_to(value, self.shape)[where].astype(ref.dtype)
+        return self.rounded(values, ref)
+
+    def _check_aligned(self, ref, index, count):
+        for offset, size in simt._pieces(count, ref.dtype.itemsize):
+            assert ((index + offset) % size == 0).all(), "an access is not aligned to its size"
+
+    def rounded(self, values, ref):
+        return [np.asarray(x).astype(ref.dtype).astype(np.float32) for x in values]
+
+    def of_lane(self, x, distance):
+        return np.broadcast_to(x, self.shape)[:, np.arange(simt.THREADS) ^ distance]
+
+    def of_warps(self, values, turn=0):
+        of = [np.broadcast_to(x, self.shape).reshape(-1, simt.WARPS, simt.WARP) for x in values]
+        assert all((x.view(np.uint32) == x[..., :1].view(np.uint32)).all() for x in map(np.ascontiguousarray, of))
+        return [[np.broadcast_to(x[:, warp, :1], self.shape) for x in of] for warp in range(simt.WARPS)]
+
+    def loop(self, count, carry, body):
+        for i in range(count):
+            carry = body(i, list(carry))
+        return list(carry)
+
+
+def launch(program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0) -> Any:
+    """Stands for `simt.launch`; also under ``jit`` and inside of ``custom_vmap``."""
+    single = not isinstance(out, tuple | list)
+    like = (out,) if single else tuple(out)
+
+    def run(*arrays: Any) -> tuple[np.ndarray, ...]:
+        machine = Machine(blocks)
+        results = [np.zeros(x.shape, x.dtype) for x in like]
+        with np.errstate(all="ignore"):
+            program(machine, *map(np.asarray, arrays), *results)
+        for result in results:
+            assert (machine.written[id(result)] == 1).all(), "an element is not written once"
+        return tuple(results)
+
+    found = jax.pure_callback(run, like, *inputs, vmap_method="sequential")
+    return found[0] if single else found

@@ -1,0 +1,234 @@
+"""Elementwise stages and row sums of family ``sm90`` against their orders, written again in NumPy.
+
+On a Hopper GPU the kernels run; elsewhere their threads' programs, in NumPy (`simt_numpy`), which round alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tbik_jax.contract import Contract
+from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax
+from tbik_jax.kernels import backend, exact
+from tbik_jax.kernels.hopper import formulas, simt, sums
+from tbik_jax.kernels.hopper.spec import norm, norm_gradients, rotated, row_sum
+from tbik_jax.kernels.residual import add
+from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
+from tbik_jax.kernels.rope import rope
+from tbik_jax.kernels.swiglu import swiglu
+from tbik_jax.testing import assert_bitwise_equal
+from tests.kernels import families, simt_numpy
+from tests.meshes import mesh_of
+
+f32, EPS = np.float32, 1e-5
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def is_hopper() -> bool:
+    with contextlib.suppress(NotImplementedError):
+        return backend.family() == "sm90"
+    return False
+
+
+on_the_card = pytest.mark.skipif(
+    not is_hopper(), reason=f"needs a Hopper GPU; the default backend is {jax.default_backend()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(request, monkeypatch):
+    if not is_hopper():
+        families.hopper(monkeypatch)
+        jax.clear_caches()
+    yield
+    if not is_hopper():
+        jax.clear_caches()
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> np.ndarray:
+    return rng.standard_normal(shape).astype(f32).astype(dtype)
+
+
+# Bits --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 8, 33, 64, 96, 128, 576, 1000, 2048, 4096, 5120, 16384])
+def test_norms_follow_the_documented_order(rng, d, dtype):
+    x, y, dy = (normal(rng, 37, d, dtype=dtype) for _ in range(3))
+    scale = normal(rng, d, dtype=dtype)
+    whole, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=EPS), x, scale)
+    assert_bitwise_equal(whole, norm(x, scale, EPS), "forward")
+    assert_bitwise_equal(pull(dy), norm_gradients(x, scale, dy, EPS), "backward")
+    total = (x.astype(f32) + y.astype(f32)).astype(dtype)
+    assert_bitwise_equal(add_rms_norm(x, y, scale, eps=EPS), (total, norm(total, scale, EPS)), "behind a sum")
+    for rows in (slice(0, 1), slice(36, 37), slice(5, 22)):
+        assert_bitwise_equal(rms_norm(x[rows], scale, eps=EPS), np.asarray(whole)[rows], f"{rows}")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 513, 1100])
+def test_the_gradient_of_a_scale_adds_tokens_in_a_tree(rng, tokens):
+    """Also over more blocks of tokens than one thread adds."""
+    x, dy, scale = normal(rng, tokens, 40), normal(rng, tokens, 40), normal(rng, 40)
+    dscale = jax.vjp(lambda scale: rms_norm(x, scale, eps=EPS), scale)[1](dy)[0]
+    assert_bitwise_equal(dscale, norm_gradients(x, scale, dy, EPS)[1])
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, d", [(1, 64), (3, 66), (8, 128), (32, 128), (9, 16)])
+def test_rotations_are_products_and_sums(rng, heads, d, dtype):
+    x, dy = normal(rng, 19, heads, d, dtype=dtype), normal(rng, 19, heads, d, dtype=dtype)
+    angle = rng.uniform(0, 100, (19, d // 2))
+    cos, sin = np.cos(angle).astype(f32), np.sin(angle).astype(f32)
+    y, pull = jax.vjp(lambda x: rope(x, cos, sin), x)
+    assert_bitwise_equal((y, pull(dy)[0]), (rotated(x, cos, sin), rotated(dy, cos, -sin)))
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 2048), (2, 3, 1000)])
+def test_sums_of_residuals(rng, shape, dtype):
+    x, y = normal(rng, *shape, dtype=dtype), normal(rng, *shape, dtype=dtype)
+    total, pull = jax.vjp(add, x, y)
+    assert_bitwise_equal(total, (x.astype(f32) + y.astype(f32)).astype(dtype))
+    assert_bitwise_equal(pull(x), (x, x))
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("width", [1, 5, 512, 4001, 18992])
+def test_leaves_of_a_vocabulary(rng, width):
+    """Plain sums in the documented order; sums of exponentials within 2**-19, and rows do not see each other."""
+    x = normal(rng, 3, 2, width)
+    assert_bitwise_equal(jax.jit(sums.leaf_sums)(x), row_sum(x, 128, 4), "plain")
+    top = 3 * x.max((1, 2))
+    total = np.asarray(jax.jit(sums.leaf_sums)(3 * x, top))
+    want = np.exp(3 * x.astype(np.float64) - top[:, None, None]).sum(-1)
+    np.testing.assert_allclose(total, want, rtol=2.0**-19)
+    assert_bitwise_equal(jax.jit(sums.leaf_sums)(3 * x[1:2], top[1:2]), total[1:2], "one row")
+
+
+@pytest.mark.invariance
+def test_a_vocabulary_of_many_rows_and_of_one(rng):
+    vocabulary = Vocabulary(1003, Contract(), None)
+    logits, dy = 5 * normal(rng, 9, vocabulary.local_size), normal(rng, 9, vocabulary.local_size)
+    labels = rng.integers(0, 1003, 9)
+
+    @jax.jit
+    def run(logits, labels, dy):
+        y, pull = jax.vjp(lambda x: log_softmax(x, vocabulary), logits)
+        loss, back = jax.vjp(lambda x: cross_entropy(x, labels, vocabulary), logits)
+        return y, pull(dy)[0], loss, back(jnp.ones_like(loss))[0]
+
+    whole = run(logits, labels, dy)
+    for rows in (slice(0, 1), slice(4, 9)):
+        part = run(logits[rows], labels[rows], dy[rows])
+        assert_bitwise_equal(part, tuple(np.asarray(x)[rows] for x in whole), f"{rows}")
+    exact = logits.astype(np.float64)[:, :1003]
+    exact = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(np.asarray(whole[0])[:, :1003], exact, rtol=0, atol=1e-5)
+
+
+# Values ------------------------------------------------------------------------------------------------------------------
+
+
+def test_exp_is_accurate(rng):
+    """The formula, with an exp2 that is off by 2**-22 as the instruction may be."""
+
+    class Worst(simt_numpy.Machine):
+        def exp2(self, x):
+            return super().exp2(x) * f32(1 + 2.0**-22)
+
+    machine, x = Worst(1000), rng.uniform(-87, 88, (1000, simt.THREADS)).astype(f32)
+    error = np.abs(formulas.exp(machine, x) / np.exp(x.astype(np.float64)) - 1)
+    assert error.max() < 2.0**-21
+    far = np.broadcast_to(f32([-np.inf, -1000, -88, 0, np.inf, np.nan, 1000, 1]), (16, 8)).reshape(1, -1)
+    y = formulas.exp(simt_numpy.Machine(1), far)[0, :8]
+    np.testing.assert_array_equal(y[[0, 1, 2, 3]], [0, 0, 0, 1])
+    assert np.isfinite(y[[4, 6]]).all() and np.isnan(y[5])
+
+
+@pytest.mark.parametrize("dtype, last", [("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-20)])
+def test_swiglu_is_accurate(rng, dtype, last):
+    gate, up = (4 * normal(rng, 9, 1000)).astype(dtype), normal(rng, 9, 1000, dtype=dtype)
+    g, u = gate.astype(np.float64), up.astype(np.float64)
+    error = np.abs(np.asarray(swiglu(gate, up)).astype(np.float64) - g / (1 + np.exp(-g)) * u)
+    assert (error <= 1.01 * last * np.abs(g / (1 + np.exp(-g)) * u) + 1e-7).all()
+
+
+# Types and errors --------------------------------------------------------------------------------------------------------
+
+
+def test_results_vary_over_the_mesh_as_arguments_do():
+    seen = []
+
+    def run(x, scale):
+        y, _ = jax.vjp(lambda *v: rms_norm(*v, eps=EPS), x, scale)
+        seen.extend([jax.typeof(y), jax.typeof(rms_norm(scale, scale, eps=EPS))])
+        return y
+
+    jax.eval_shape(
+        jax.shard_map(run, mesh=mesh_of(2), in_specs=(P("tp"), P()), out_specs=P("tp")), jnp.ones((4, 8)), jnp.ones(8)
+    )
+    assert [set(t.manual_axis_type.varying) for t in seen] == [{"tp"}, set()]
+
+
+def test_what_no_kernel_takes_is_refused():
+    with pytest.raises(NotImplementedError, match=r"swiglu: 2 problems(.|\n)*argument 0 is int32"):
+        swiglu(jnp.ones(8, jnp.int32), jnp.ones(8, jnp.int32))
+    with pytest.raises(NotImplementedError, match="rows of 16385 elements"):
+        rms_norm(jnp.ones((1, 16385)), jnp.ones(16385), eps=EPS)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3\) and y \(3,\)"):
+        add(jnp.ones((2, 3)), jnp.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_no_rows(shape):
+    x, scale = jnp.ones(shape), jnp.ones(8)
+    y, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=EPS), x, scale)
+    assert y.shape == shape
+    np.testing.assert_array_equal(pull(y)[1], 0)
+    assert swiglu(x, x).shape == shape
+
+
+# The card's own ----------------------------------------------------------------------------------------------------------
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.invariance
+def test_many_rows_are_rows_alone(rng):
+    """Whole grids of blocks; 8192 rows against some of them."""
+    x, y = normal(rng, 8192, 4096, dtype="bfloat16"), normal(rng, 8192, 4096, dtype="bfloat16")
+    scale = normal(rng, 4096, dtype="bfloat16")
+
+    def run(x, y):
+        return *add_rms_norm(x, y, scale, eps=EPS), swiglu(x, y), *jax.vjp(swiglu, x, y)[1](x)
+
+    whole = jax.jit(run)(x, y)
+    for rows in (slice(0, 1), slice(8191, 8192), slice(100, 117), slice(4000, 5024)):
+        assert_bitwise_equal(jax.jit(run)(x[rows], y[rows]), tuple(np.asarray(v)[rows] for v in whole), f"{rows}")
+
+
+@on_the_card
+@pytest.mark.gpu
+def test_flags_that_change_bits_are_refused():
+    """Twin of the self-test in this process, which passes."""
+    program = "from tbik_jax.kernels import exact; exact.self_test(); print('computed')"
+    flags = {"XLA_FLAGS": "--xla_gpu_ftz=true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **flags}, capture_output=True, text=True, check=False
+    )
+    assert "SelfTestError" in done.stderr and "become zero" in done.stderr and "computed" not in done.stdout
+    exact.self_test()
