@@ -15,7 +15,7 @@ from tbik_jax.dense.vocabulary import (
     logits,
     mask_logits,
 )
-from tbik_jax.kernels.attention import attention
+from tbik_jax.kernels.attention import attention, paged_attention
 from tbik_jax.kernels.matmul import PackedWeight, pack
 from tbik_jax.kernels.rms_norm import rms_norm
 from tbik_jax.kernels.rope import rope
@@ -35,6 +35,7 @@ __all__ = [
     "make_dot_general",
     "mask_logits",
     "pack",
+    "paged_attention",
     "rms_norm",
     "rope",
     "row_parallel",

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbik_jax.kernels import attention as module
-from tbik_jax.kernels.attention import attention
+from tbik_jax.kernels.attention import attention, unfused
 from tbik_jax.testing import assert_bitwise_equal, bits
 
 HEADS, KV_HEADS = 6, 2
@@ -123,7 +122,7 @@ def test_heads_do_not_see_each_other(rng, queries):
 def test_long_prompts_go_in_pieces(rng, monkeypatch, queries_a_piece):
     q, k, v, positions = inputs(rng, 2, 41, 32)
     want = run_with(32)(q, k, v, positions)
-    monkeypatch.setattr(module, "_SCORE_BYTES", 4 * 2 * HEADS * 64 * queries_a_piece)
+    monkeypatch.setattr(unfused, "_SCORE_BYTES", 4 * 2 * HEADS * 64 * queries_a_piece)
     run = run_with(32)
     assert_bitwise_equal(run(q, k, v, positions), want)
     assert "while" in run.lower(q, k, v, positions).as_text()  # it did go in pieces
