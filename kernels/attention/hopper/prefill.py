@@ -44,12 +44,14 @@ class PrefillTiles:
         merge: When a finished split is merged: ``"late"``, while the tensor cores work on the next one's first scores; or
             ``"peeled"``, half before and half after, in a copy of the loop's body of its own (`formula.ROUNDS_LATER` only).
         blocks: At most so many thread blocks; 0: one per multiprocessor.
+        registers: Of a thread that computes, and of one that loads.
     """
 
     stages: int = 2
     order: Literal["heads", "tiles"] = "heads"
     merge: Literal["late", "peeled"] = "late"
     blocks: int = 0
+    registers: tuple[int, int] = (240, 24)
 
 
 def attention(
@@ -162,7 +164,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
 
         @pl.when(wg == 2)
         def _load():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(tiles.registers[1], action="decrease")
 
             def item(i, base):
                 batch, head, pair, steps = unpack(i)
@@ -196,7 +198,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
 
         @pl.when(wg != 2)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(tiles.registers[0], action="increase")
             pl.when(wg == 1)(swap)
 
             def spread(row):
@@ -228,6 +230,8 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
                 qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, BLOCK), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 p, (acc, m, l) = formula.weigh(mask(qk, step), running, c)
+                if first == "peeled":
+                    acc = running[0]  # nothing to rescale yet
                 acc, m, l, p = lax.optimization_barrier((acc, m, l, p.astype(dtype)))
                 plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_full.at[slot])
@@ -283,7 +287,9 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
                         low = number * BLOCKS_A_SPLIT
                         high = jnp.minimum(low + BLOCKS_A_SPLIT, steps)
                         states = block(low, base, steps, qo, states, mask=mask, first="peeled")
-                        return walk(low + 1, high, states, mask, "")
+                        middle = jnp.clip(unmasked, low + 1, high)
+                        states = walk(low + 1, middle, states, whole, "")
+                        return walk(middle, high, states, masked, "")
 
                     splits = lax.div(steps + (BLOCKS_A_SPLIT - 1), i32(BLOCKS_A_SPLIT))
                     states = lax.fori_loop(0, splits, split, states)
