@@ -212,11 +212,7 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
                         qk = formula.hidden(qk, keys < visible - j * BLOCK)
                     p, (acc, m, l) = formula.weigh(qk, state, c)
                     plgpu.barrier_wait(full.at[v_slot])
-
-                    def values(ref):
-                        plgpu.wgmma(ref, p.astype(dtype), kv_smem.at[v_slot])
-
-                    acc = pl.run_state(values)(plgpu.ACC.init(acc))
+                    acc = formula.add_values(acc, p.astype(dtype), kv_smem.at[v_slot])
                     plgpu.barrier_arrive(free.at[v_slot])
                     return acc, m, l
 

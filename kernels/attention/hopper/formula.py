@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -65,6 +66,16 @@ def fma(a: Array, b: Array, c: Array, layout: Any) -> Array:
         return a._pointwise(mlir_math.fma, b, c)
 
     return fused(a, b, c)
+
+
+def add_values(acc: Array, p: Array, values: Any, meanwhile: Callable[[], None] = lambda: None) -> Array:
+    """``acc + p values`` on the tensor cores; ``values [BLOCK, D]`` is in shared memory."""
+
+    def multiply(ref: Any) -> None:
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def empty(rows: int, dim: int) -> State:

@@ -237,14 +237,12 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(order)
 
-                def values(ref):
-                    plgpu.wgmma(ref, p, v_smem.at[slot])
-
+                def wait_for_keys():
                     @pl.when(step + 1 < steps)
                     def _():
                         plgpu.barrier_wait(k_full.at[lax.rem(base + step + 1, i32(stages))])
 
-                acc = pl.run_state(values)(plgpu.ACC.init(acc))
+                acc = formula.add_values(acc, p, v_smem.at[slot], wait_for_keys)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return (acc, m, l), done
 
