@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tbik_jax._axes import vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.attention import unfused
@@ -208,19 +209,20 @@ def _run(
     kv_head_of: Array | None,
     page_table: Array | None,
 ) -> Array:
+    given = [x for x in (q, k, v, positions, kv_head_of, page_table) if x is not None]
+    products = unfused.CPU
     if options.family == "sm90":
         from tbik_jax.kernels.attention import hopper
 
         if hopper.is_fused(q, k, v):
-            return hopper.attention(options.scale, q, k, v, positions, kv_head_of, page_table)
+            # Kernels say nothing of the mesh that their results vary over.
+            return vary_like(hopper.attention(options.scale, q, k, v, positions, kv_head_of, page_table), *given)
         products = hopper.PRODUCTS
-    else:
-        products = unfused.CPU
     if page_table is not None:
         k, v = side_by_side(k, page_table), side_by_side(v, page_table)
     if kv_head_of is not None:
         k, v = jnp.take(k, kv_head_of, axis=1), jnp.take(v, kv_head_of, axis=1)
-    return unfused.attention(products, options.scale, options.kv_block, q, k, v, positions)
+    return vary_like(unfused.attention(products, options.scale, options.kv_block, q, k, v, positions), *given)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
