@@ -287,7 +287,8 @@ Case = tuple[Callable[..., Any], tuple[Shape, ...]]
 def cases() -> dict[str, Callable[[], Case]]:
     """Name to the function that is compiled under it, and its arguments; built when asked for.
 
-    The products of the catalogue: ``direction/model/product/tp/m/tree``.
+    The products of the catalogue: ``direction/model/product/tp/m/tree``. Attention: ``attention/kernel/dtype/head_dim/how the
+    cache lies``.
     """
     found: dict[str, Callable[[], Case]] = {}
     for shape in shapes.shapes():
@@ -301,7 +302,28 @@ def cases() -> dict[str, Callable[[], Case]]:
                 for tree in ("balanced", "chain") if leaves > 2 else ("balanced",):
                     name = f"{direction}/{shape.model}/{shape.name}/tp{shape.tp}/m{m}/{tree}"
                     found[name] = functools.partial(_hopper, direction, shape, m, leaves, tree)
+    for dtype, dim in (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("float16", 64)):
+        for page in (0, 16, 128, 256):
+            how = f"pages of {page}" if page else "contiguous"
+            for kernel, queries in (("prefill", 2048), ("decode", 1)):
+                found[f"attention/{kernel}/{dtype}/{dim}/{how}"] = functools.partial(
+                    _attention, queries, dtype, dim, page
+                )
     return found
+
+
+def _attention(queries: int, dtype: str, dim: int, page: int) -> Case:
+    from tbik_jax.kernels.attention import hopper
+
+    batch, heads, kv_heads, length = 4, 32, 8, 4096
+    pages = batch * length // page if page else batch
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *table: jax.Array) -> jax.Array:
+        return hopper.attention(dim**-0.5, q, k, v, positions, None, *table)
+
+    cache = (pages, kv_heads, page or length, dim), dtype
+    table = [((batch, length // page), "int32")] if page else []
+    return f, (((batch, queries, heads, dim), dtype), cache, cache, ((batch, queries), "int32"), *table)
 
 
 def _hopper(direction: str, shape: shapes.ProductShape, m: int, leaves: int, tree: str) -> Case:

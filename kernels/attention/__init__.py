@@ -131,9 +131,7 @@ def paged_attention(
             page_table.ndim == 2 and page_table.shape[:1] == q.shape[:1],
             f"page_table has shape {page_table.shape}, not [{q.shape[0]}, most_pages]",
         )
-        problems.check(
-            jnp.issubdtype(page_table.dtype, jnp.integer), f"page_table is {page_table.dtype}; use integers"
-        )
+        problems.check(jnp.issubdtype(page_table.dtype, jnp.integer), f"page_table is {page_table.dtype}; use integers")
         _check_dtypes(problems, q=q, k_pages=k_pages, v_pages=v_pages)
         _check_limits(problems, family, q, k_pages, v_pages, scale, kv_block)
     _self_test(family)
@@ -149,7 +147,9 @@ class _Options(NamedTuple):
 
 def _check_dtypes(problems: Problems, **arrays: Array) -> None:
     for name, x in arrays.items():
-        problems.check(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16), f"{name} is {x.dtype}; use f32, bf16 or f16")
+        problems.check(
+            x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16), f"{name} is {x.dtype}; use f32, bf16 or f16"
+        )
 
 
 def _check_queries(problems: Problems, q: Array, k: Array, positions: Array, kv_head_of: Array | None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +61,7 @@ def _cpu_values(weights: Array, v: Array) -> Array:
 CPU = Products(_cpu_scores, _cpu_values)
 
 
-def attention(
-    products: Products, scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array
-) -> Array:
+def attention(products: Products, scale: float, kv_block: int, q: Array, k: Array, v: Array, positions: Array) -> Array:
     """``q [B, T, heads, D]``, ``k, v [B, KV, S, D]``, ``positions [B, T]`` -> ``[B, T, heads, D]``, in the dtype of ``q``."""
     batch, queries, heads, dim = q.shape
     kv_heads, size = k.shape[1], -(-k.shape[2] // kv_block) * kv_block

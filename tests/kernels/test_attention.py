@@ -241,7 +241,9 @@ class Attention:
         inside = jax.jit(lambda q, k, v, at, scale, rest: call(q * scale, k, v, positions=at) + rest)
         assert_bitwise_equal(jax.jit(call)(q, k, v, positions=positions), want, "jit")
         # Constants: XLA may not evaluate the products itself.
-        assert_bitwise_equal(jax.jit(lambda: call(*map(jnp.asarray, (q, k, v)), positions=positions))(), want, "constants")
+        assert_bitwise_equal(
+            jax.jit(lambda: call(*map(jnp.asarray, (q, k, v)), positions=positions))(), want, "constants"
+        )
         scaled = np.asarray(jax.jit(call)(q * scale, k, v, positions=positions))
         assert_bitwise_equal(inside(q, k, v, positions, scale, rest), scaled + rest, "fused")
 
@@ -513,7 +515,10 @@ def test_everything_wrong_at_once():
     "changes, message",
     [
         ({"kv_block": 64}, "kv_block = 64: Hopper kernels cut keys in blocks of 128; use Contract(kv_block=128)"),
-        ({"dim": 80, "dtype": "bfloat16"}, "head_dim 80 in bfloat16: Hopper kernels take 64 and 128; float32 takes any"),
+        (
+            {"dim": 80, "dtype": "bfloat16"},
+            "head_dim 80 in bfloat16: Hopper kernels take 64 and 128; float32 takes any",
+        ),
         ({"dim": 320}, "head_dim 320 is above 256"),
         ({"dtype": "float16", "scale": -1.0}, "scale = -1.0: Hopper kernels take scales above 0"),
     ],

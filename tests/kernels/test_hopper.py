@@ -405,11 +405,3 @@ def test_flax_layers(rng):
     assert_bitwise_equal(
         linear(x), matmul.node_products(x[:, None], kernel.T[None], (Node(0, 1),), dtype=jnp.bfloat16)[0]
     )
-
-
-@on_the_card
-@pytest.mark.gpu
-def test_attention_says_what_is_missing():
-    q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="attention has no kernel in family 'sm90' yet"):
-        attention(q, q, q, positions=jnp.zeros((1, 1), jnp.int32), scale=1.0, kv_block=64)

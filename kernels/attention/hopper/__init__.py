@@ -72,9 +72,7 @@ def attention(
     if isinstance(tiles, DecodeTiles):
         y = decode.attention(q[:, 0], k, v, positions[:, 0], kv_head_of, page_table, tiles=tiles, **options)
         return y[:, None]
-    return prefill.attention(
-        q, k, v, positions, kv_head_of, page_table, tiles=tiles, with_lse=False, **options
-    )[0]
+    return prefill.attention(q, k, v, positions, kv_head_of, page_table, tiles=tiles, with_lse=False, **options)[0]
 
 
 def attention_with_lse(
@@ -125,7 +123,7 @@ def _scores(q: Array, k: Array) -> Array:
 
 
 def _values(weights: Array, v: Array) -> Array:
-    batch, heads, rows, blocks, size = weights.shape
+    batch, heads, rows, blocks, _ = weights.shape
     weights, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (weights, v))
     y = matmul.product("bmlk,blkn->bmn", weights, v, (Tree.chain(blocks).root,))
     return y.reshape(batch, heads, rows, -1)

@@ -210,11 +210,11 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
                     if mask:
                         keys = plgpu.broadcasted_iota(i32, qk.shape, 1, layout=TILE)
                         qk = formula.hidden(qk, keys < visible - j * BLOCK)
-                    p, (acc, m, l) = formula.weigh(qk, state, c)
+                    p, (acc, m, total) = formula.weigh(qk, state, c)
                     plgpu.barrier_wait(full.at[v_slot])
                     acc = formula.add_values(acc, p.astype(dtype), kv_smem.at[v_slot])
                     plgpu.barrier_arrive(free.at[v_slot])
-                    return acc, m, l
+                    return acc, m, total
 
                 whole = jnp.clip(lax.div(visible, i32(BLOCK)), 0, BLOCKS_A_SPLIT)
                 state = formula.empty(64, dim)
@@ -231,7 +231,7 @@ def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None
     """The first rows of a tile, straight from registers: ``[rows, D]`` and ``[2, rows]``."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE, ROWS, ROWS))
-    def write(ctx: Any, acc_ref: Any, ml_ref: Any, acc: Any, m: Any, l: Any) -> None:
+    def write(ctx: Any, acc_ref: Any, ml_ref: Any, acc: Any, m: Any, total: Any) -> None:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         utils = mgpu.utils
 
@@ -241,9 +241,7 @@ def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None
         dim = acc.shape[1]
         thread = arith.remui(utils.thread_idx(), constant(128))
         lane = arith.remui(thread, constant(32))
-        first = arith.addi(
-            arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4))
-        )
+        first = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
         column = arith.muli(arith.remui(lane, constant(4)), constant(2))
         to_acc, to_ml = utils.memref_ptr(acc_ref), utils.memref_ptr(ml_ref)
         pairs = list(acc.registers.flat)  # of two neighbouring columns; in turns of a row and of the row 8 below
@@ -254,7 +252,7 @@ def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None
                 for j, pair in enumerate(pairs[half::2]):
                     llvm.store(pair, utils.getelementptr(mine, [8 * j], f32), alignment=8)
                 with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, constant(0))):
-                    for offset, x in ((0, m), (rows, l)):
+                    for offset, x in ((0, m), (rows, total)):
                         value = list(x.registers.flat)[half]
                         llvm.store(value, utils.getelementptr(to_ml, [arith.addi(row, constant(offset))], f32))
 

@@ -53,15 +53,14 @@ def base2(scale: float) -> float:
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    """One f32 value everywhere."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def fma(a: Array, b: Array, c: Array, layout: Any) -> Array:
     """``a * b + c``, rounded once, whatever a compiler would have contracted."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout)
-    )
+    @plgpu.inline_mgpu(arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout))
     def fused(ctx: Any, a: Any, b: Any, c: Any) -> Any:
         return a._pointwise(mlir_math.fma, b, c)
 
@@ -89,17 +88,18 @@ def over(row: Array, shape: tuple[int, ...]) -> Array:
 
 
 def hidden(scores: Array, visible: Array) -> Array:
+    """Scores as those of keys that there are not, where they are not visible."""
     return jnp.where(visible, scores, _NEVER)
 
 
 def weigh(scores: Array, state: State, c: float) -> tuple[Array, State]:
     """The weights of a block, and the state before it in their scale, with their sum; values are still to be added."""
-    acc, m, l = state
+    acc, m, total = state
     m_new = jnp.maximum(m, scores.max(axis=1) * c)
     subtracted = _finite(m_new)
     alpha = jnp.exp2(m - subtracted)
     p = jnp.exp2(fma(scores, full(scores.shape, c, TILE), over(-subtracted, scores.shape), TILE))
-    return p, (acc * over(alpha, acc.shape), m_new, fma(l, alpha, p.sum(axis=1), ROWS))
+    return p, (acc * over(alpha, acc.shape), m_new, fma(total, alpha, p.sum(axis=1), ROWS))
 
 
 def merge(first: State, later: State, spread: Spread, layout: Any, row_layout: Any) -> State:
@@ -121,15 +121,15 @@ def merge_begin(first: State, later: State, spread: Spread) -> State:
 
 def merge_end(first: State, begun: State, spread: Spread, layout: Any, row_layout: Any) -> State:
     """The rest of it."""
-    acc, m, l = begun
+    acc, m, total = begun
     w = jnp.exp2(first[1] - _finite(m))
-    return fma(first[0], spread(w), acc, layout), m, fma(first[2], w, l, row_layout)
+    return fma(first[0], spread(w), acc, layout), m, fma(first[2], w, total, row_layout)
 
 
 def finish(state: State, spread: Spread, layout: Any, dtype: Any) -> Array:
     """The results of a state, rounded once."""
-    acc, _, l = state
-    return fma(acc, spread(1.0 / l), full(acc.shape, 0.0, layout), layout).astype(dtype)
+    acc, _, total = state
+    return fma(acc, spread(1.0 / total), full(acc.shape, 0.0, layout), layout).astype(dtype)
 
 
 def log_sum_exp2(state: State) -> Array:

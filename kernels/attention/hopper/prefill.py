@@ -69,7 +69,7 @@ def attention(
     with_lse: bool,
 ) -> tuple[Array, Array | None]:
     """``([B, T, heads, D], log2 of the weights' sum [B, heads, T] f32 if asked for)``."""
-    batch, queries, heads, dim = q.shape
+    batch, queries, heads, _ = q.shape
     pairs = -(-queries // _PAIR)
     q = jnp.pad(q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0)))  # TMA wants whole tiles of 8 rows
     # Rows that are not there look where the last one does, and are not written.
@@ -229,10 +229,10 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
 
                 qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, BLOCK), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                p, (acc, m, l) = formula.weigh(mask(qk, step), running, c)
+                p, (acc, m, total) = formula.weigh(mask(qk, step), running, c)
                 if first == "peeled":
                     acc = running[0]  # nothing to rescale yet
-                acc, m, l, p = lax.optimization_barrier((acc, m, l, p.astype(dtype)))
+                acc, m, total, p = lax.optimization_barrier((acc, m, total, p.astype(dtype)))
                 plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(order)
@@ -244,7 +244,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
 
                 acc = formula.add_values(acc, p, v_smem.at[slot], wait_for_keys)
                 plgpu.barrier_arrive(v_free.at[slot])
-                return (acc, m, l), done
+                return (acc, m, total), done
 
             def item(i, base):
                 batch, head, pair, steps = unpack(i)
