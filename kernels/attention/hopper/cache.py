@@ -34,7 +34,7 @@ class Cache:
         """Copies that bring one block."""
         return BLOCK // self.page if 0 < self.page < BLOCK else 1
 
-    def places(self, table: Ref | None, batch: Array, block: Array) -> list[tuple[Array, Array | int]]:
+    def places(self, table: Ref, batch: Array, block: Array) -> list[tuple[Array, Array | int]]:
         """``(first index, row)`` of every copy of a block. Behind the last page comes the last page once more, masked."""
         if not self.page:
             return [(batch, block * BLOCK)]

@@ -104,8 +104,8 @@ def _slots(dim: int, dtype: Any) -> int:
 
 def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
     q_gmem, k_gmem, v_gmem, positions_gmem, *rest = refs
-    heads_gmem = rest.pop(0) if has_heads else None
-    table_gmem = rest.pop(0) if has_table else None
+    heads_gmem: Ref = rest.pop(0) if has_heads else None
+    table_gmem: Ref = rest.pop(0) if has_table else None
     acc_gmem, ml_gmem = rest
     batches, groups, _, dim = q_gmem.shape
     dtype = q_gmem.dtype
@@ -289,7 +289,6 @@ def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, g
     )
     def _(acc_smem, ml_smem, ready):
         pair, piece = lax.axis_index("pair"), lax.axis_index("piece")
-        splits = lax.div(positions_gmem[lax.div(pair, i32(groups))], i32(SPLIT)) + 1
 
         def spread(x):
             return x
@@ -307,11 +306,22 @@ def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, g
             lane = plgpu.broadcasted_iota(i32, (_LANES,), 0, layout=lanes)
             return jnp.where(lane < dim, of(first), of(first + 1))
 
-        def part(number, state):
-            start = number * chunk
+        def fetch(start):
             values = acc_gmem.at[pair, pl.ds(start, chunk), pl.ds(piece * _LANES, _LANES)]
             plgpu.copy_gmem_to_smem(values, acc_smem, ready)
             plgpu.copy_gmem_to_smem(ml_gmem.at[pair, pl.ds(start, chunk)], ml_smem, ready)
+
+        fetch(pair * 0)  # before anything is known of the position
+        splits = lax.div(positions_gmem[lax.div(pair, i32(groups))], i32(SPLIT)) + 1
+
+        def part(number, state):
+            start = number * chunk
+
+            @pl.when(number > 0)
+            def _():
+                plgpu.commit_smem()  # all threads have read what is there
+                fetch(start)
+
             plgpu.barrier_wait(ready)
             here = jnp.minimum(splits - start, chunk)
 

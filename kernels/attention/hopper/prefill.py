@@ -108,8 +108,8 @@ def _walks(positions: Array, size: int) -> Array:
 
 def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_table):
     q_gmem, k_gmem, v_gmem, positions_gmem, walks_gmem, *rest = refs
-    heads_gmem = rest.pop(0) if has_heads else None
-    table_gmem = rest.pop(0) if has_table else None
+    heads_gmem: Ref = rest.pop(0) if has_heads else None
+    table_gmem: Ref = rest.pop(0) if has_table else None
     out_gmem, *lse_gmem = rest
     batches, _, heads, dim = q_gmem.shape
     dtype = q_gmem.dtype
@@ -216,7 +216,8 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
                     swap()
                     fresh = formula.empty(QUERIES, dim)
                     if first == "peeled":
-                        return ref[...], (fresh, formula.merge_end(done, begun, spread, TILE, ROWS))
+                        merged = lax.optimization_barrier(formula.merge_end(done, begun, spread, TILE, ROWS))
+                        return ref[...], (fresh, merged)
                     if first == "late":
                         starts = lax.rem(step, i32(BLOCKS_A_SPLIT)) == 0
                         merged = lax.cond(
