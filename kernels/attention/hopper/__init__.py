@@ -1,6 +1,6 @@
 """Attention on Hopper GPUs (compute capability 9.0), with Pallas' Mosaic GPU kernels.
 
-`formula` is the arithmetic, the same in every kernel; `prefill` and `decode` are the kernels, for many queries and for one,
+`formula` is the arithmetic, the same in every kernel; `prefill` and `decode` are the kernels, for many queries and for few,
 with the same bits; `cache` says where keys and values lie. float32 goes by `unfused`, with this family's products.
 """
 
@@ -67,11 +67,9 @@ def attention(
     group = 1 if kv_head_of is not None else q.shape[2] // k.shape[1]
     options = {"c": formula.base2(scale), "cache": cache, "multiprocessors": backend.multiprocessors()}
     if tiles is None:
-        few = q.shape[1] == 1 and group <= decode.MOST_HEADS
-        tiles = DecodeTiles() if few else prefill_tiles(q, k, cache)
+        tiles = DecodeTiles() if q.shape[1] * group <= decode.MOST_ROWS else prefill_tiles(q, k, cache)
     if isinstance(tiles, DecodeTiles):
-        y = decode.attention(q[:, 0], k, v, positions[:, 0], kv_head_of, page_table, tiles=tiles, **options)
-        return y[:, None]
+        return decode.attention(q, k, v, positions, kv_head_of, page_table, tiles=tiles, **options)
     return prefill.attention(q, k, v, positions, kv_head_of, page_table, tiles=tiles, with_lse=False, **options)[0]
 
 

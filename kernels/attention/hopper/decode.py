@@ -1,8 +1,8 @@
-"""Attention of one query per sequence: splits of the context over all multiprocessors, then their states in order.
+"""Attention of few queries per sequence: splits of the context over all multiprocessors, then their states in order.
 
 The work is to read the cache once. A warpgroup loads blocks of keys and values in a ring; another makes the state of a
-split, for all query heads of its KV head at once: they sit in the first of the 64 rows that the tensor cores take. A second
-kernel merges the states of a head, one lane per element.
+split, for all queries and query heads of its KV head at once: they sit in the first of the 64 rows that the tensor cores
+take. A second kernel merges the states of a row, one lane per element.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROW
 Array = jax.Array
 Ref = Any
 
-#: Query heads of a KV head that fit in the tensor cores' rows.
-MOST_HEADS = 64
+#: Queries times query heads of a KV head that fit in the tensor cores' tile.
+MOST_ROWS = 64
 _LANES = 128
 _Q_SLOTS = 2
 
@@ -63,17 +63,24 @@ def attention(
     tiles: DecodeTiles,
     multiprocessors: int,
 ) -> Array:
-    """``q [B, heads, D]`` at ``positions [B]``; ``[B, heads, D]``."""
-    batch, heads, dim = q.shape
+    """``[B, T, heads, D]``."""
+    batch, queries, heads, dim = q.shape
     groups = k.shape[1] if kv_head_of is None else heads  # a query head with a KV head of its own choice is a group
     group = heads // groups
-    rows = -(-group // 8) * 8
-    q = q.reshape(batch, groups, group, dim)
-    if group > 8:  # TMA wants whole tiles of 8 rows, or part of one
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    used = queries * group
+    rows = -(-used // 8) * 8
+    q = q.reshape(batch, queries, groups, group, dim).swapaxes(1, 2).reshape(batch, groups, used, dim)
+    if used > 8:  # TMA wants whole tiles of 8 rows, or part of one
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - used), (0, 0)))
     positions = positions.astype(jnp.int32)
-    splits = -(-cache.size // SPLIT)
     extra = [x.astype(jnp.int32) for x in (kv_head_of, table) if x is not None]
+    # The first and the last position. Of a single query both are the array as it is: nothing runs before the kernel.
+    bounds = positions
+    if queries > 1:
+        bounds = jnp.stack([positions.min(axis=1), positions.max(axis=1)], axis=1)
+        of_rows = jnp.repeat(positions, group, axis=1)
+        extra.append(jnp.pad(of_rows, ((0, 0), (0, MOST_ROWS - used))))
+    splits = -(-cache.size // SPLIT)
     acc, ml = plgpu.kernel(
         functools.partial(
             _splits,
@@ -82,6 +89,7 @@ def attention(
             tiles=tiles,
             has_heads=kv_head_of is not None,
             has_table=table is not None,
+            has_rows=queries > 1,
         ),
         out_type=[
             jax.ShapeDtypeStruct((batch * groups, splits, rows, dim), jnp.float32),
@@ -92,8 +100,9 @@ def attention(
         num_threads=2,
         thread_name="wg",
         compiler_params=formula.PARAMS,
-    )(q, k, v, positions, *extra)
-    return _merged(acc, ml, positions, heads, q.dtype, tiles)
+    )(q, k, v, bounds, *extra)
+    y = _merged(acc, ml, bounds, used, q.dtype, tiles)
+    return y.reshape(batch, groups, queries, group, dim).swapaxes(1, 2).reshape(batch, queries, heads, dim)
 
 
 def _slots(dim: int, dtype: Any) -> int:
@@ -102,10 +111,11 @@ def _slots(dim: int, dtype: Any) -> int:
     return min(12, (232_448 - 2 * 1024 - _Q_SLOTS * 64 * dim * itemsize) // (BLOCK * dim * itemsize))
 
 
-def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
-    q_gmem, k_gmem, v_gmem, positions_gmem, *rest = refs
+def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_rows):
+    q_gmem, k_gmem, v_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
     table_gmem: Ref = rest.pop(0) if has_table else None
+    rows_gmem: Ref = rest.pop(0) if has_rows else None
     acc_gmem, ml_gmem = rest
     batches, groups, _, dim = q_gmem.shape
     dtype = q_gmem.dtype
@@ -133,9 +143,13 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
             item = cta + i * grid
             of, split = lax.rem(item, i32(groups)), lax.rem(lax.div(item, i32(groups)), i32(splits))
             batch = lax.div(item, i32(groups * splits))
-            visible = positions_gmem[batch] + 1 - split * SPLIT
-            blocks = jnp.clip(lax.div(visible + (BLOCK - 1), i32(BLOCK)), 0, BLOCKS_A_SPLIT)
-            return batch, of, split, visible, blocks
+
+            def inside(blocks):
+                return jnp.clip(blocks - split * BLOCKS_A_SPLIT, 0, BLOCKS_A_SPLIT)
+
+            whole = inside(lax.div(bounds_gmem[batch, 0] + 1, i32(BLOCK)))  # seen by all queries
+            blocks = inside(lax.div(bounds_gmem[batch, bounds_gmem.shape[1] - 1], i32(BLOCK)) + 1)
+            return batch, of, split, whole, blocks
 
         def each_item(body):
             """``body(item, blocks so far, items so far)`` for items that see anything."""
@@ -192,7 +206,7 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
             plgpu.set_max_registers(232, action="increase")
 
             def item(at, done, number):
-                batch, of, split, visible, blocks = at
+                batch, of, split, whole, blocks = at
                 q_slot = lax.rem(number, i32(_Q_SLOTS))
                 plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -209,14 +223,19 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table):
                     plgpu.barrier_arrive(free.at[k_slot])
                     if mask:
                         keys = plgpu.broadcasted_iota(i32, qk.shape, 1, layout=TILE)
-                        qk = formula.hidden(qk, keys < visible - j * BLOCK)
+                        before = split * SPLIT + j * BLOCK
+                        if has_rows:
+                            last = plgpu.load(rows_gmem.at[batch], layout=ROWS, optimized=False) - before
+                            last = formula.over(last, qk.shape)
+                        else:
+                            last = bounds_gmem[batch, 0] - before
+                        qk = formula.hidden(qk, keys <= last)
                     p, (acc, m, total) = formula.weigh(qk, state, c)
                     plgpu.barrier_wait(full.at[v_slot])
                     acc = formula.add_values(acc, p.astype(dtype), kv_smem.at[v_slot])
                     plgpu.barrier_arrive(free.at[v_slot])
                     return acc, m, total
 
-                whole = jnp.clip(lax.div(visible, i32(BLOCK)), 0, BLOCKS_A_SPLIT)
                 state = formula.empty(64, dim)
                 state = lax.fori_loop(0, whole, functools.partial(block, mask=False), state)
                 state = lax.fori_loop(whole, blocks, functools.partial(block, mask=True), state)
@@ -259,24 +278,25 @@ def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None
     write(acc_gmem, ml_gmem, *state)
 
 
-def _merged(acc: Array, ml: Array, positions: Array, heads: int, dtype: Any, tiles: DecodeTiles) -> Array:
-    """``acc [B * groups, splits, rows, D]``, ``ml [B * groups, splits, 2, rows]`` -> ``[B, heads, D]``."""
+def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: DecodeTiles) -> Array:
+    """``acc [pairs, splits, rows, D]``, ``ml [pairs, splits, 2, rows]`` -> ``[pairs, used * D]``; pairs of batch and group.
+
+    All rows take the splits of the last query: those that a row does not see are states of no keys.
+    """
     pairs, splits, rows, dim = acc.shape
-    batch = positions.shape[0]
-    group = heads * batch // pairs
     chunk = min(tiles.chunk, splits)
-    pieces = -(-group * dim // _LANES)  # heads, or halves of a pair of heads
+    pieces = -(-used * dim // _LANES)  # rows, or pairs of them
     out = plgpu.kernel(
-        functools.partial(_merge, dim=dim, chunk=chunk, unroll=tiles.unroll, groups=pairs // batch),
+        functools.partial(_merge, dim=dim, chunk=chunk, unroll=tiles.unroll, groups=pairs // bounds.shape[0]),
         out_type=jax.ShapeDtypeStruct((pairs, pieces * _LANES), dtype),
         grid=(pairs, pieces),
         grid_names=("pair", "piece"),
         compiler_params=formula.PARAMS,
-    )(acc.reshape(pairs, splits, rows * dim), ml, positions)
-    return out[:, : group * dim].reshape(batch, heads, dim)
+    )(acc.reshape(pairs, splits, rows * dim), ml, bounds)
+    return out[:, : used * dim]
 
 
-def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, groups):
+def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, groups):
     lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
     rows = ml_gmem.shape[3]
     i32 = jnp.int32
@@ -293,11 +313,11 @@ def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, g
         def spread(x):
             return x
 
-        def of_heads(split, which):
-            """A value per head, on the lanes of that head."""
+        def of_rows(split, which):
+            """A value per row, on the lanes of that row."""
 
-            def of(head):
-                value = ml_smem[split, which, head]
+            def of(row):
+                value = ml_smem[split, which, row]
                 return plgpu.layout_cast(jnp.full((_LANES,), value, jnp.float32), lanes)
 
             if dim >= _LANES:
@@ -312,7 +332,8 @@ def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, g
             plgpu.copy_gmem_to_smem(ml_gmem.at[pair, pl.ds(start, chunk)], ml_smem, ready)
 
         fetch(pair * 0)  # before anything is known of the position
-        splits = lax.div(positions_gmem[lax.div(pair, i32(groups))], i32(SPLIT)) + 1
+        last = bounds_gmem[lax.div(pair, i32(groups)), bounds_gmem.shape[1] - 1]
+        splits = lax.div(last, i32(SPLIT)) + 1
 
         def part(number, state):
             start = number * chunk
@@ -326,7 +347,7 @@ def _merge(acc_gmem, ml_gmem, positions_gmem, out_gmem, *, dim, chunk, unroll, g
             here = jnp.minimum(splits - start, chunk)
 
             def one(split, state):
-                later = plgpu.load(acc_smem.at[split], layout=lanes), of_heads(split, 0), of_heads(split, 1)
+                later = plgpu.load(acc_smem.at[split], layout=lanes), of_rows(split, 0), of_rows(split, 1)
                 return formula.merge(state, later, spread, lanes, lanes)
 
             def several(i, state):
