@@ -95,19 +95,18 @@ def attention(
         num_threads=3,
         thread_name="wg",
         compiler_params=formula.PARAMS,
-    )(q, k, v, positions, _walks(positions, cache.size), *extra)
+    )(q, k, v, positions, _bounds(positions), *extra)
     return out[0][:, :queries], out[1][:, :, :queries] if with_lse else None
 
 
-def _walks(positions: Array, size: int) -> Array:
-    """``[B, pairs, 3]``: blocks that a pair of tiles walks, and how many of them either tile sees whole."""
-    of_tiles = positions.reshape(positions.shape[0], -1, 2, QUERIES)
-    blocks = jnp.minimum(jnp.max(of_tiles, axis=(2, 3)) // BLOCK + 1, -(-size // BLOCK))
-    return jnp.concatenate([blocks[..., None], (jnp.min(of_tiles, axis=3) + 1) // BLOCK], axis=-1)
+def _bounds(positions: Array) -> Array:
+    """``[B, pairs, 2, 2]``: the last position of each tile of a pair, and the first one negated; one reduction for both."""
+    of_tiles = positions.reshape(positions.shape[0], -1, 2, 1, QUERIES)
+    return jnp.max(jnp.concatenate([of_tiles, -of_tiles], axis=3), axis=4)
 
 
 def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_table):
-    q_gmem, k_gmem, v_gmem, positions_gmem, walks_gmem, *rest = refs
+    q_gmem, k_gmem, v_gmem, positions_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
     table_gmem: Ref = rest.pop(0) if has_table else None
     out_gmem, *lse_gmem = rest
@@ -156,7 +155,8 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
                 pair = jnp.where(up, pair, pairs - 1 - pair)
                 row = number * group + lax.rem(inside, i32(group))
             batch, head = lax.div(row, i32(heads)), lax.rem(row, i32(heads))
-            return batch, head, pair, walks_gmem[batch, pair, 0]
+            last = jnp.maximum(bounds_gmem[batch, pair, 0, 0], bounds_gmem[batch, pair, 1, 0])
+            return batch, head, pair, lax.div(last, i32(BLOCK)) + 1
 
         def swap():
             plgpu.barrier_arrive(order)
@@ -250,7 +250,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_t
             def item(i, base):
                 batch, head, pair, steps = unpack(i)
                 row = pair * _PAIR + wg * QUERIES
-                unmasked = jnp.minimum(walks_gmem[batch, pair, 1 + wg], steps)
+                unmasked = lax.div(1 - bounds_gmem[batch, pair, wg, 1], i32(BLOCK))  # blocks that all queries see
                 q_slot = lax.rem(i, i32(_Q_SLOTS))
                 qo = qo_smem.at[q_slot, wg]
                 plgpu.barrier_wait(q_full.at[q_slot])
