@@ -92,7 +92,9 @@ def paged_attention(
 ) -> Array:
     """:func:`attention` over a cache in pages that sequences share or take in any order.
 
-    Keys of positions ``i * page_size ...`` of sequence b are page ``page_table[b, i]``.
+    Keys of positions ``i * page_size ...`` of sequence b are page ``page_table[b, i]``. A layer of a stacked cache
+    ``[layers, B, kv_heads, S, D]`` is a page too, and read where it lies: reshape to ``[layers * B, kv_heads, S, D]``, with
+    ``page_table[b] = [layer * B + b]``.
 
     Args:
         q: ``[B, T, heads, D]``.

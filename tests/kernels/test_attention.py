@@ -233,6 +233,21 @@ class Attention:
         assert_bitwise_equal(run(q[:, :, [3, 0, 2]], k_pages, v_pages, table, positions, of), want[:, :, [3, 0, 2]])
 
     @pytest.mark.invariance
+    def test_a_layer_of_a_stacked_cache_is_a_page(self, rng):
+        q, k, v, positions = self.draw(rng, 2, 41)
+        want = self.run()(q, k, v, positions)
+        k, v = (np.stack([np.full(longer(x, 256, 0).shape, 7, x.dtype), longer(x, 256, 0)]) for x in (k, v))
+
+        @jax.jit
+        def run(q, k, v, positions, layer):
+            k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+            table = (layer * 2 + jnp.arange(2))[:, None]
+            options = {"scale": self.dim**-0.5, "kv_block": self.kv_block}
+            return paged_attention(q, k, v, table, positions=positions, **options)
+
+        assert_bitwise_equal(run(q, k, v, positions, 1), want)
+
+    @pytest.mark.invariance
     def test_jit_and_what_surrounds_it_cannot_be_seen(self, rng):
         q, k, v, positions = self.draw(rng, 1, 33)
         call = partial(attention, scale=0.125, kv_block=self.kv_block)

@@ -85,7 +85,6 @@ def attention(
             c=c,
             cache=cache,
             tiles=tiles,
-            queries=queries,
             has_heads=kv_head_of is not None,
             has_table=table is not None,
         ),
@@ -105,7 +104,7 @@ def _bounds(positions: Array) -> Array:
     return jnp.max(jnp.concatenate([of_tiles, -of_tiles], axis=3), axis=4)
 
 
-def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, queries, has_heads, has_table):
+def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     q_gmem, k_gmem, v_gmem, positions_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
     table_gmem: Ref = rest.pop(0) if has_table else None
