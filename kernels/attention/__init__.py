@@ -60,7 +60,8 @@ def attention(
     Raises:
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: differentiation. On the CPU: D or kv_block above 256; their product, D rounded up to 64, above
-            32768. On Hopper GPUs: another kv_block than 128; D other than 64 and 128, in f32 above 256; scale <= 0.
+            32768. On Hopper GPUs: another kv_block than 128; D other than 64 and 128, in f32 above 256; scale <= 0; f32 caches
+            above 32768 positions.
 
     The running maximum and sum are Milakov and Gimelshein's (arXiv:1805.02867), tiles on a GPU FlashAttention's
     (arXiv:2205.14135), the cut of a long context Flash-Decoding's.

@@ -17,7 +17,7 @@ from tbik_jax.kernels.attention.hopper.cache import Cache
 from tbik_jax.kernels.attention.hopper.decode import DecodeTiles
 from tbik_jax.kernels.attention.hopper.prefill import PrefillTiles
 from tbik_jax.kernels.matmul import hopper as matmul
-from tbik_jax.tree import Tree
+from tbik_jax.tree import MAX_LEAVES, Tree
 
 __all__ = ["PRODUCTS", "DecodeTiles", "PrefillTiles", "attention", "check", "is_fused"]
 
@@ -67,7 +67,7 @@ def attention(
     group = 1 if kv_head_of is not None else q.shape[2] // k.shape[1]
     options = {"c": formula.base2(scale), "cache": cache, "multiprocessors": backend.multiprocessors()}
     if tiles is None:
-        tiles = DecodeTiles() if q.shape[1] * group <= decode.MOST_ROWS else prefill_tiles(q, k, cache)
+        tiles = DecodeTiles() if q.shape[1] * group <= decode.MOST_ROWS else prefill_tiles(cache)
     if isinstance(tiles, DecodeTiles):
         return decode.attention(q, k, v, positions, kv_head_of, page_table, tiles=tiles, **options)
     return prefill.attention(q, k, v, positions, kv_head_of, page_table, tiles=tiles, with_lse=False, **options)[0]
@@ -87,7 +87,7 @@ def attention_with_lse(
         None,
         c=formula.base2(scale),
         cache=cache,
-        tiles=prefill_tiles(q, k, cache),
+        tiles=prefill_tiles(cache),
         multiprocessors=backend.multiprocessors(),
         with_lse=True,
     )
@@ -95,9 +95,10 @@ def attention_with_lse(
     return y, lse
 
 
-def prefill_tiles(q: Array, k: Array, cache: Cache) -> PrefillTiles:
+def prefill_tiles(cache: Cache) -> PrefillTiles:
     """Performance-only."""
-    return PrefillTiles()
+    # The warpgroup that loads holds the numbers of all pages of a block.
+    return PrefillTiles(registers=(232, 40) if cache.copies > 8 else (240, 24))
 
 
 def _stored(k: Array, v: Array, page_table: Array | None) -> tuple[Array, Array, Cache]:
@@ -121,7 +122,12 @@ def _scores(q: Array, k: Array) -> Array:
 
 
 def _values(weights: Array, v: Array) -> Array:
-    batch, heads, rows, blocks, _ = weights.shape
+    batch, heads, rows, blocks, size = weights.shape
+    if blocks > MAX_LEAVES:
+        raise NotImplementedError(
+            f"attention: a cache of {blocks * size} positions in float32; Hopper GPUs add up to {MAX_LEAVES} blocks of {size}. "
+            f"bfloat16 and float16 have no such limit"
+        )
     weights, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (weights, v))
     y = matmul.product("bmlk,blkn->bmn", weights, v, (Tree.chain(blocks).root,))
     return y.reshape(batch, heads, rows, -1)
