@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.attention import attention, hopper, paged_attention, unfused
-from tbik_jax.kernels.attention.hopper import DecodeTiles, PrefillTiles, decode, formula
+from tbik_jax.kernels.attention.hopper import DecodeTiles, PrefillTiles, decode, formula, prefill
 from tbik_jax.testing import assert_bitwise_equal, bits
 
 HEADS, KV_HEADS = 6, 2
@@ -433,6 +433,25 @@ class TestHopper(Attention):
         s = np.einsum("bthd,bhsd->bhts", q.astype(np.float64), k) * self.dim**-0.5
         want = np.log2(np.where(np.tril(np.ones((300, 300), bool)), np.exp(s), 0).sum(-1))
         np.testing.assert_allclose(lse, want, rtol=0, atol=1e-4)
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["heads", "tiles"])
+@pytest.mark.parametrize("pairs, rows, group", [(16, 256, 4), (64, 64, 4), (256, 32, 4), (16, 32, 8), (3, 5, 1)])
+def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, group):
+    grid, items = 132, pairs * rows
+    turn = prefill._turn(order, pairs, rows, group, grid)
+    waves = np.arange(-(-items // grid))[:, None]
+    of_blocks = waves * grid + prefill._place(waves, np.arange(grid), turn, grid)
+    assert sorted(of_blocks.ravel()) == list(range(waves.size * grid))
+    pair, row = prefill._walk(np.arange(items), order, pairs, rows, group)
+    assert len({*zip(pair.tolist(), row.tolist(), strict=True)}) == items
+    assert (pair.min(), pair.max(), row.min(), row.max()) == (0, pairs - 1, 0, rows - 1)
+    if waves.size > 30:
+        work = np.append(pair + 1, np.zeros(waves.size * grid - items))[of_blocks].sum(axis=0)
+        assert work.max() < 1.03 * work.mean()
 
 
 # Interpreted ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tbik_jax.kernels.attention.hopper import formula
@@ -104,6 +105,36 @@ def _bounds(positions: Array) -> Array:
     return jnp.max(jnp.concatenate([of_tiles, -of_tiles], axis=3), axis=4)
 
 
+def _walk(item: Any, order: str, pairs: int, rows: int, group: int) -> tuple[Any, Any]:
+    """``(pair of tiles, row of batch and head)`` of an item; of integers, or of arrays of NumPy or JAX."""
+    if order == "heads":
+        return pairs - 1 - item // rows, item % rows
+    # Up and down in turns, so that neighbours in time are of one length; the last comes down.
+    number, inside = item // (pairs * group), item % (pairs * group)
+    pair, up = inside // group, (rows // group - 1 - number) % 2
+    return up * pair + (1 - up) * (pairs - 1 - pair), number * group + inside % group
+
+
+def _place(wave: Any, block: Any, turn: int, grid: int) -> Any:
+    """Which item of a wave a thread block takes: every second wave runs backwards, and every pair of them is turned."""
+    odd = wave % 2
+    return (odd * (grid - 1 - block) + (1 - odd) * block + wave // 2 * turn) % grid
+
+
+@functools.cache
+def _turn(order: str, pairs: int, rows: int, group: int, grid: int) -> int:
+    """The turn that gives all thread blocks nearly the same work, if tiles are as long as their place in the sequence."""
+    items = pairs * rows
+    waves = np.arange(-(-items // grid))[:, None]
+    work = np.zeros(waves.size * grid)
+    work[:items] = _walk(np.arange(items), order, pairs, rows, group)[0] + 1.7  # a block of its own, and a fixed cost
+
+    def longest(turn: int) -> float:
+        return float(work[waves * grid + _place(waves, np.arange(grid), turn, grid)].sum(axis=0).max())
+
+    return min(range(0, grid, max(1, grid // 32)), key=longest)
+
+
 def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     q_gmem, k_gmem, v_gmem, positions_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
@@ -136,23 +167,13 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     @functools.partial(pl.run_scoped, collective_axes="wg", **scopes)
     def _(qo_smem, k_smem, v_smem, q_full, q_free, k_full, v_full, k_free, v_free, order, lse_smem=None):
         cta, wg = lax.axis_index("grid"), lax.axis_index("wg")
-        # Every second wave runs backwards: the same work for every block.
-        flipped = grid - 1 - cta
+        turn = _turn(tiles.order, pairs, batches * heads, group, grid)
         waves, remainder = divmod(items, grid)
-        mine = waves + ((flipped if waves % 2 else cta) < remainder).astype(i32)
+        mine = waves + (_place(i32(waves), cta, turn, grid) < remainder).astype(i32)
 
         def unpack(i):
-            item = i * grid + jnp.where(lax.rem(i, i32(2)) == 1, flipped, cta)
-            if tiles.order == "heads":
-                pair = pairs - 1 - lax.div(item, i32(batches * heads))
-                row = lax.rem(item, i32(batches * heads))  # of batch and head
-            else:
-                # Up and down in turns, so that neighbours in time are of one length; the last comes down.
-                number, inside = lax.div(item, i32(pairs * group)), lax.rem(item, i32(pairs * group))
-                pair = lax.div(inside, i32(group))
-                up = lax.rem(batches * heads // group - 1 - number, i32(2)) == 1
-                pair = jnp.where(up, pair, pairs - 1 - pair)
-                row = number * group + lax.rem(inside, i32(group))
+            item = i * grid + _place(i, cta, turn, grid)
+            pair, row = _walk(item, tiles.order, pairs, batches * heads, group)
             batch, head = lax.div(row, i32(heads)), lax.rem(row, i32(heads))
             last = jnp.maximum(bounds_gmem[batch, pair, 0, 0], bounds_gmem[batch, pair, 1, 0])
             return batch, head, pair, lax.div(last, i32(BLOCK)) + 1
