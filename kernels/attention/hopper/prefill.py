@@ -40,8 +40,8 @@ class PrefillTiles:
 
     Attributes:
         stages: Blocks of keys, and of values, on their way.
-        order: What the tiles walk last: ``"heads"``, the longest tiles of all heads first, for balance; or ``"tiles"``, all
-            tiles of a KV head before the next head, so that a long context's keys stay in the L2 cache.
+        order: What the walk goes through first: ``"heads"``, so that the longest tiles of all heads come first, for balance;
+            or ``"tiles"``, all of a KV head before the next, so that a long context's keys stay in the L2 cache.
         merge: When a finished split is merged: ``"late"``, while the tensor cores work on the next one's first scores; or
             ``"peeled"``, half before and half after, in a copy of the loop's body of its own (`formula.ROUNDS_LATER` only).
         blocks: At most so many thread blocks; 0: one per multiprocessor.
