@@ -26,7 +26,7 @@ import numpy as np
 from tbik_jax.bench import _commit
 from tbik_jax.contract import Contract
 from tbik_jax.engine import Generator, Sampling, make_mesh
-from tbik_jax.models.random import QWEN3_8B, draw
+from tbik_jax.models.drawn import QWEN3_8B, draw
 from tbik_jax.numerics import Numerics, Plain
 
 CONTEXT, PROMPT = 4096, 8192

@@ -288,8 +288,8 @@ Case = tuple[Callable[..., Any], tuple[Shape, ...]]
 def cases() -> dict[str, Callable[[], Case]]:
     """Name to the function that is compiled under it, and its arguments; built when asked for.
 
-    The products of the catalogue, ``direction/model/product/tp/m/tree``, and the other stages of 8192 tokens,
-    ``stage/name/width``.
+    The products of the catalogue, ``direction/model/product/tp/m/tree``; attention, ``attention/kernel/dtype/head_dim/how the
+    cache lies``; the other stages of 8192 tokens, ``stage/name/width``.
     """
     found: dict[str, Callable[[], Case]] = {}
     for shape in shapes.shapes():
@@ -306,6 +306,13 @@ def cases() -> dict[str, Callable[[], Case]]:
     for name, widths in _STAGES.items():
         for width in widths:
             found[f"stage/{name}/{width}"] = functools.partial(_stage, name, width)
+    for dtype, dim in (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("float16", 64)):
+        for page in (0, 16, 128, 256):
+            how = f"pages of {page}" if page else "contiguous"
+            for kernel, queries in (("prefill", 2048), ("decode", 1)):
+                found[f"attention/{kernel}/{dtype}/{dim}/{how}"] = functools.partial(
+                    _attention, queries, dtype, dim, page
+                )
     return found
 
 
@@ -347,6 +354,20 @@ def _stage(name: str, width: int) -> Case:
         "log-sum-exp": (sums.leaf_sums, (((1024, 8, width), "float32"), ((1024,), "float32"))),
     }
     return stages[name]
+
+
+def _attention(queries: int, dtype: str, dim: int, page: int) -> Case:
+    from tbik_jax.kernels.attention import hopper
+
+    batch, heads, kv_heads, length = 4, 32, 8, 4096
+    pages = batch * length // page if page else batch
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, *table: jax.Array) -> jax.Array:
+        return hopper.attention(dim**-0.5, q, k, v, positions, None, *table)
+
+    cache = (pages, kv_heads, page or length, dim), dtype
+    table = [((batch, length // page), "int32")] if page else []
+    return f, (((batch, queries, heads, dim), dtype), cache, cache, ((batch, queries), "int32"), *table)
 
 
 def _hopper(direction: str, shape: shapes.ProductShape, m: int, leaves: int, tree: str) -> Case:

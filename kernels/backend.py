@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -34,6 +34,12 @@ def family() -> Family:
         f"Run with JAX_PLATFORMS=cpu, or use Numerics.plain(). Another GPU needs kernels of its own: wgmma and TMA, which "
         f"these are written with, are Hopper's."
     )
+
+
+def multiprocessors() -> int:
+    """Of the GPU that a program is traced for."""
+    abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return int(abstract.num_cores if abstract is not None else jax.devices()[0].core_count)
 
 
 def require_cpu(what: str) -> None:

@@ -15,7 +15,7 @@ from tbik_jax.dense.vocabulary import (
     logits,
     mask_logits,
 )
-from tbik_jax.kernels.attention import attention
+from tbik_jax.kernels.attention import attention, paged_attention
 from tbik_jax.kernels.matmul import PackedWeight, pack
 from tbik_jax.kernels.norm_rope import norm_rope
 from tbik_jax.kernels.residual import add
@@ -40,6 +40,7 @@ __all__ = [
     "mask_logits",
     "norm_rope",
     "pack",
+    "paged_attention",
     "rms_norm",
     "rope",
     "row_parallel",

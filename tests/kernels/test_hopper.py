@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, Tree, emulate
-from tbik_jax.dense import Vocabulary, attention, column_parallel, embedding, make_dot_general, row_parallel, swiglu
+from tbik_jax.dense import Vocabulary, column_parallel, embedding, make_dot_general, row_parallel, swiglu
 from tbik_jax.kernels import backend, matmul
 from tbik_jax.kernels.matmul import hopper
 from tbik_jax.kernels.matmul.hopper import split, tuning
@@ -169,9 +169,6 @@ def test_another_gpu_is_refused(monkeypatch):
 
 def test_what_has_no_kernel_yet_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "family", lambda: "sm90")
-    q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"^attention has no kernel in family 'sm90' yet"):
-        attention(q, q, q, positions=jnp.zeros((1, 1), jnp.int32), scale=1.0, kv_block=64)
     table, vocabulary = jnp.ones((8, 4)), Vocabulary(8, CONTRACT, None)
     with pytest.raises(NotImplementedError, match=r"^the gradient of embedding has no kernel in family 'sm90' yet"):
         jax.grad(lambda table: embedding(jnp.arange(3), table, vocabulary).sum())(table)
@@ -408,11 +405,3 @@ def test_flax_layers(rng):
     assert_bitwise_equal(
         linear(x), matmul.node_products(x[:, None], kernel.T[None], (Node(0, 1),), dtype=jnp.bfloat16)[0]
     )
-
-
-@on_the_card
-@pytest.mark.gpu
-def test_attention_says_what_is_missing():
-    q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="attention has no kernel in family 'sm90' yet"):
-        attention(q, q, q, positions=jnp.zeros((1, 1), jnp.int32), scale=1.0, kv_block=64)

@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tbik_jax._problems import Problems
+from tbik_jax.kernels.backend import multiprocessors as _multiprocessors
 from tbik_jax.kernels.matmul.hopper import large, small, split, tuning
 from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
 from tbik_jax.kernels.matmul.hopper.program import program
@@ -139,8 +139,3 @@ def _padded(operand: Operand, x: Array) -> Array:
             continue  # smaller than one tile is fine, and spares decode a copy
         pad[i] = (0, -x.shape[i] % of)
     return jnp.pad(x, pad) if any(after for _, after in pad) else x
-
-
-def _multiprocessors() -> int:
-    abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return int(abstract.num_cores if abstract is not None else jax.devices()[0].core_count)

@@ -1,0 +1,366 @@
+"""Attention of few queries per sequence: splits of the context over all multiprocessors, then their states in order.
+
+The work is to read the cache once. A warpgroup loads blocks of keys and values in a ring; another makes the state of a
+split, for all queries and query heads of its KV head at once: they sit in the first of the 64 rows that the tensor cores
+take. A second kernel merges the states of a row, one lane per element.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from tbik_jax.kernels.attention.hopper import formula
+from tbik_jax.kernels.attention.hopper.cache import Cache, swizzled
+from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROWS, SPLIT, TILE
+
+Array = jax.Array
+Ref = Any
+
+#: Queries times query heads of a KV head that fit in the tensor cores' tile.
+MOST_ROWS = 64
+_LANES = 128
+_Q_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Performance-only settings; no bit depends on any of them.
+
+    Attributes:
+        slots: Blocks of keys or values on their way; 0: as many as fit.
+        unroll: Splits that are merged without a branch between.
+        chunk: Splits whose states the merge brings at once.
+        blocks: At most so many thread blocks; 0: one per multiprocessor.
+    """
+
+    slots: int = 0
+    unroll: int = 8
+    chunk: int = 64
+    blocks: int = 0
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    kv_head_of: Array | None,
+    table: Array | None,
+    *,
+    c: float,
+    cache: Cache,
+    tiles: DecodeTiles,
+    multiprocessors: int,
+) -> Array:
+    """``[B, T, heads, D]``."""
+    batch, queries, heads, dim = q.shape
+    groups = k.shape[1] if kv_head_of is None else heads  # a query head with a KV head of its own choice is a group
+    group = heads // groups
+    used = queries * group
+    rows = -(-used // 8) * 8
+    q = q.reshape(batch, queries, groups, group, dim).swapaxes(1, 2).reshape(batch, groups, used, dim)
+    if used > 8:  # TMA wants whole tiles of 8 rows, or part of one
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - used), (0, 0)))
+    positions = positions.astype(jnp.int32)
+    extra = [x.astype(jnp.int32) for x in (kv_head_of, table) if x is not None]
+    # The first and the last position. Of a single query both are the array as it is: nothing runs before the kernel.
+    bounds = positions
+    if queries > 1:
+        bounds = jnp.stack([positions.min(axis=1), positions.max(axis=1)], axis=1)
+        of_rows = jnp.repeat(positions, group, axis=1)
+        extra.append(jnp.pad(of_rows, ((0, 0), (0, MOST_ROWS - used))))
+    splits = -(-cache.size // SPLIT)
+    acc, ml = plgpu.kernel(
+        functools.partial(
+            _splits,
+            c=c,
+            cache=cache,
+            tiles=tiles,
+            has_heads=kv_head_of is not None,
+            has_table=table is not None,
+            has_rows=queries > 1,
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct((batch * groups, splits, rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * groups, splits, 2, rows), jnp.float32),
+        ],
+        grid=(min(tiles.blocks or multiprocessors, batch * groups * splits),),
+        grid_names=("grid",),
+        num_threads=2,
+        thread_name="wg",
+        compiler_params=formula.PARAMS,
+    )(q, k, v, bounds, *extra)
+    y = _merged(acc, ml, bounds, used, q.dtype, tiles)
+    return y.reshape(batch, groups, queries, group, dim).swapaxes(1, 2).reshape(batch, queries, heads, dim)
+
+
+def _slots(dim: int, dtype: Any) -> int:
+    """Of the ring, in the shared memory that queries and barriers leave."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return min(12, (232_448 - 2 * 1024 - _Q_SLOTS * 64 * dim * itemsize) // (BLOCK * dim * itemsize))
+
+
+def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_rows):
+    q_gmem, k_gmem, v_gmem, bounds_gmem, *rest = refs
+    heads_gmem: Ref = rest.pop(0) if has_heads else None
+    table_gmem: Ref = rest.pop(0) if has_table else None
+    rows_gmem: Ref = rest.pop(0) if has_rows else None
+    acc_gmem, ml_gmem = rest
+    batches, groups, _, dim = q_gmem.shape
+    dtype = q_gmem.dtype
+    _, splits, rows, _ = acc_gmem.shape
+    items = batches * groups * splits
+    slots = tiles.slots or _slots(dim, dtype)
+    grid = lax.axis_size("grid")
+    i32 = jnp.int32
+
+    @functools.partial(
+        pl.run_scoped,
+        collective_axes="wg",
+        q_smem=plgpu.SMEM((_Q_SLOTS, 64, dim), dtype, transforms=swizzled(dtype)),
+        kv_smem=plgpu.SMEM((slots, BLOCK, dim), dtype, transforms=swizzled(dtype)),
+        full=plgpu.Barrier(num_arrivals=cache.copies, num_barriers=slots),
+        free=plgpu.Barrier(num_barriers=slots),
+        q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
+        q_free=plgpu.Barrier(num_barriers=_Q_SLOTS),
+    )
+    def _(q_smem, kv_smem, full, free, q_full, q_free):
+        wg, cta = lax.axis_index("wg"), lax.axis_index("grid")
+
+        def unpack(i):
+            # Neighbouring thread blocks read neighbouring heads of the same positions.
+            item = cta + i * grid
+            of, split = lax.rem(item, i32(groups)), lax.rem(lax.div(item, i32(groups)), i32(splits))
+            batch = lax.div(item, i32(groups * splits))
+
+            def inside(blocks):
+                return jnp.clip(blocks - split * BLOCKS_A_SPLIT, 0, BLOCKS_A_SPLIT)
+
+            whole = inside(lax.div(bounds_gmem[batch, 0] + 1, i32(BLOCK)))  # seen by all queries
+            blocks = inside(lax.div(bounds_gmem[batch, bounds_gmem.shape[1] - 1], i32(BLOCK)) + 1)
+            return batch, of, split, whole, blocks
+
+        def each_item(body):
+            """``body(item, blocks so far, items so far)`` for items that see anything."""
+
+            def one(i, carry):
+                done, number = carry
+                blocks = unpack(i)[-1]
+
+                @pl.when(blocks > 0)
+                def _():
+                    body(unpack(i), done, number)
+
+                return done + blocks, number + (blocks > 0).astype(i32)
+
+            mine = lax.div(i32(items - 1) - cta, i32(grid)) + 1
+            lax.fori_loop(0, mine, one, (i32(0), i32(0)))
+
+        @pl.when(wg == 1)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def item(at, done, number):
+                batch, of, split, _, blocks = at
+                kv_head = heads_gmem[of] if has_heads else of
+                q_slot = lax.rem(number, i32(_Q_SLOTS))
+
+                @pl.when(number >= _Q_SLOTS)
+                def _():
+                    plgpu.barrier_wait(q_free.at[q_slot])
+
+                # A start that is not known when compiled: rows behind the last head are filled with zeros.
+                heads = q_gmem.at[batch, of, pl.ds(cta * 0, rows)]
+                plgpu.copy_gmem_to_smem(heads, q_smem.at[q_slot, pl.ds(0, rows)], q_full.at[q_slot])
+
+                def block(j, _):
+                    places = cache.places(table_gmem, batch, split * BLOCKS_A_SPLIT + j)
+                    for half, ref in enumerate((k_gmem, v_gmem)):
+                        count = 2 * (done + j) + half
+                        slot = lax.rem(count, i32(slots))
+
+                        @pl.when(count >= slots)
+                        def _(slot=slot):
+                            plgpu.barrier_wait(free.at[slot])
+
+                        cache.load(ref, places, kv_head, kv_smem.at[slot], full.at[slot])
+                    return _
+
+                lax.fori_loop(0, blocks, block, None)
+
+            each_item(item)
+
+        @pl.when(wg == 0)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+
+            def item(at, done, number):
+                batch, of, split, whole, blocks = at
+                q_slot = lax.rem(number, i32(_Q_SLOTS))
+                plgpu.barrier_wait(q_full.at[q_slot])
+
+                def block(j, state, mask):
+                    count = 2 * (done + j)
+                    k_slot, v_slot = lax.rem(count, i32(slots)), lax.rem(count + 1, i32(slots))
+                    plgpu.barrier_wait(full.at[k_slot])
+
+                    def scores(ref):
+                        plgpu.wgmma(ref, q_smem.at[q_slot], plgpu.transpose_ref(kv_smem.at[k_slot], (1, 0)))
+                        return ref[...]
+
+                    qk = pl.run_scoped(scores, plgpu.ACC((64, BLOCK), jnp.float32))
+                    plgpu.barrier_arrive(free.at[k_slot])
+                    if mask:
+                        keys = plgpu.broadcasted_iota(i32, qk.shape, 1, layout=TILE)
+                        before = split * SPLIT + j * BLOCK
+                        if has_rows:
+                            last = plgpu.load(rows_gmem.at[batch], layout=ROWS, optimized=False) - before
+                            last = formula.over(last, qk.shape)
+                        else:
+                            last = bounds_gmem[batch, 0] - before
+                        qk = formula.hidden(qk, keys <= last)
+                    p, (acc, m, total) = formula.weigh(qk, state, c)
+                    plgpu.barrier_wait(full.at[v_slot])
+                    acc = formula.add_values(acc, p.astype(dtype), kv_smem.at[v_slot])
+                    plgpu.barrier_arrive(free.at[v_slot])
+                    return acc, m, total
+
+                state = formula.empty(64, dim)
+                state = lax.fori_loop(0, whole, functools.partial(block, mask=False), state)
+                state = lax.fori_loop(whole, blocks, functools.partial(block, mask=True), state)
+                plgpu.barrier_arrive(q_free.at[q_slot])
+                row = batch * groups + of
+                _store(acc_gmem.at[row, split], ml_gmem.at[row, split], state, rows)
+
+            each_item(item)
+
+
+def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None:
+    """The first rows of a tile, straight from registers: ``[rows, D]`` and ``[2, rows]``."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE, ROWS, ROWS))
+    def write(ctx: Any, acc_ref: Any, ml_ref: Any, acc: Any, m: Any, total: Any) -> None:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        utils = mgpu.utils
+
+        def constant(value: int) -> Any:
+            return utils.c(value, i32)
+
+        dim = acc.shape[1]
+        thread = arith.remui(utils.thread_idx(), constant(128))
+        lane = arith.remui(thread, constant(32))
+        first = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
+        column = arith.muli(arith.remui(lane, constant(4)), constant(2))
+        to_acc, to_ml = utils.memref_ptr(acc_ref), utils.memref_ptr(ml_ref)
+        pairs = list(acc.registers.flat)  # of two neighbouring columns; in turns of a row and of the row 8 below
+        for half in range(2):
+            row = arith.addi(first, constant(8 * half))
+            with utils.when(arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))):
+                mine = utils.getelementptr(to_acc, [arith.addi(arith.muli(row, constant(dim)), column)], f32)
+                for j, pair in enumerate(pairs[half::2]):
+                    llvm.store(pair, utils.getelementptr(mine, [8 * j], f32), alignment=8)
+                with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, constant(0))):
+                    for offset, x in ((0, m), (rows, total)):
+                        value = list(x.registers.flat)[half]
+                        llvm.store(value, utils.getelementptr(to_ml, [arith.addi(row, constant(offset))], f32))
+
+    write(acc_gmem, ml_gmem, *state)
+
+
+def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: DecodeTiles) -> Array:
+    """``acc [pairs, splits, rows, D]``, ``ml [pairs, splits, 2, rows]`` -> ``[pairs, used * D]``; pairs of batch and group.
+
+    All rows take the splits of the last query: those that a row does not see are states of no keys.
+    """
+    pairs, splits, rows, dim = acc.shape
+    chunk = min(tiles.chunk, splits)
+    pieces = -(-used * dim // _LANES)  # rows, or pairs of them
+    out = plgpu.kernel(
+        functools.partial(_merge, dim=dim, chunk=chunk, unroll=tiles.unroll, groups=pairs // bounds.shape[0]),
+        out_type=jax.ShapeDtypeStruct((pairs, pieces * _LANES), dtype),
+        grid=(pairs, pieces),
+        grid_names=("pair", "piece"),
+        compiler_params=formula.PARAMS,
+    )(acc.reshape(pairs, splits, rows * dim), ml, bounds)
+    return out[:, : used * dim]
+
+
+def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, groups):
+    lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
+    rows = ml_gmem.shape[3]
+    i32 = jnp.int32
+
+    @functools.partial(
+        pl.run_scoped,
+        acc_smem=plgpu.SMEM((chunk, _LANES), jnp.float32),
+        ml_smem=plgpu.SMEM((chunk, 2, rows), jnp.float32),
+        ready=plgpu.Barrier(num_arrivals=2),
+    )
+    def _(acc_smem, ml_smem, ready):
+        pair, piece = lax.axis_index("pair"), lax.axis_index("piece")
+
+        def spread(x):
+            return x
+
+        def of_rows(split, which):
+            """A value per row, on the lanes of that row."""
+
+            def of(row):
+                value = ml_smem[split, which, row]
+                return plgpu.layout_cast(jnp.full((_LANES,), value, jnp.float32), lanes)
+
+            if dim >= _LANES:
+                return of(lax.div(piece, i32(dim // _LANES)))
+            first = piece * (_LANES // dim)
+            lane = plgpu.broadcasted_iota(i32, (_LANES,), 0, layout=lanes)
+            return jnp.where(lane < dim, of(first), of(first + 1))
+
+        def fetch(start):
+            values = acc_gmem.at[pair, pl.ds(start, chunk), pl.ds(piece * _LANES, _LANES)]
+            plgpu.copy_gmem_to_smem(values, acc_smem, ready)
+            plgpu.copy_gmem_to_smem(ml_gmem.at[pair, pl.ds(start, chunk)], ml_smem, ready)
+
+        fetch(pair * 0)  # before anything is known of the position
+        last = bounds_gmem[lax.div(pair, i32(groups)), bounds_gmem.shape[1] - 1]
+        splits = lax.div(last, i32(SPLIT)) + 1
+
+        def part(number, state):
+            start = number * chunk
+
+            @pl.when(number > 0)
+            def _():
+                plgpu.commit_smem()  # all threads have read what is there
+                fetch(start)
+
+            plgpu.barrier_wait(ready)
+            here = jnp.minimum(splits - start, chunk)
+
+            def one(split, state):
+                later = plgpu.load(acc_smem.at[split], layout=lanes), of_rows(split, 0), of_rows(split, 1)
+                return formula.merge(state, later, spread, lanes, lanes)
+
+            def several(i, state):
+                for j in range(unroll):
+                    state = one(i * unroll + j, state)
+                return state
+
+            full = lax.div(here, i32(unroll))
+            state = lax.fori_loop(0, full, several, state)
+            return lax.fori_loop(full * unroll, here, one, state)
+
+        empty = tuple(formula.full((_LANES,), value, lanes) for value in (0.0, -jnp.inf, 0.0))
+        parts = lax.div(splits + (chunk - 1), i32(chunk))
+        state = lax.fori_loop(0, parts, part, empty)
+        out = formula.finish(state, spread, lanes, out_gmem.dtype)
+        out_gmem.at[pair, pl.ds(piece * _LANES, _LANES)][...] = out
