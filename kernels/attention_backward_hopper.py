@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +235,16 @@ def _two_products(
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 
 
+def _add_products(sums: Sequence[Any], *factors: tuple[Any, Ref]) -> tuple[Any, ...]:
+    """``sums[i] + a @ b`` for each pair, in the accumulators' registers."""
+
+    def multiply(refs):
+        for ref, (a, b) in zip(refs, factors, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
+
+
 class _Turns:
     """Two warpgroups alternate: one issues products while the other weighs."""
 
@@ -365,23 +375,17 @@ def _dkv(
                     p, ds = lax.optimization_barrier((p.astype(dtype), ds.astype(dtype)))
                     turns.swap()
 
-                    def accumulate(refs):
-                        dk, dv = refs
-                        plgpu.wgmma(dv, p, dy_smem.at[slot])
-                        plgpu.wgmma(dk, ds, q_smem.at[slot])
-
-                    dk, dv = sums
-                    sums = pl.run_state(accumulate)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                    dv, dk = _add_products(sums, (p, dy_smem.at[slot]), (ds, q_smem.at[slot]))
                     plgpu.barrier_arrive(dy_free.at[slot])
                     plgpu.barrier_arrive(q_free.at[slot])
-                    return sums
+                    return dv, dk
 
                 # Queries from here on see every key of this warpgroup.
                 whole = lax.div(jnp.maximum(key + (ROWS - 1) - first_query, 0) + (ROWS - 1), i32(ROWS))
                 partly, wholly = (functools.partial(step, masked=masked) for masked in (True, False))
                 return _walk(start, whole, i32(blocks), partly, wholly, sums)
 
-            dk, dv = lax.fori_loop(0, per_node, head, (_zeros(ROWS, dim), _zeros(ROWS, dim)))
+            dv, dk = lax.fori_loop(0, per_node, head, (_zeros(ROWS, dim), _zeros(ROWS, dim)))
             turns.end()
             for sums, factor, out in ((dk, scale, dk_gmem), (dv, 1.0, dv_gmem)):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -504,7 +508,7 @@ def _dq(
                 ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [0]))
                 ds = lax.optimization_barrier(ds.astype(dtype))
                 turns.swap()
-                dq = pl.run_state(lambda ref: plgpu.wgmma(ref, ds, k_smem.at[slot]))(plgpu.ACC.init(dq))
+                (dq,) = _add_products((dq,), (ds, k_smem.at[slot]))
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
