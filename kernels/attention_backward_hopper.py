@@ -225,9 +225,9 @@ def _two_products(
     shape = a.shape[0], b.shape[0]
 
     def multiply(one, two):
-        plgpu.wgmma(one, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(one, a, b.transpose((1, 0)))
         ready()
-        plgpu.wgmma(two, c, plgpu.transpose_ref(d, (1, 0)))
+        plgpu.wgmma(two, c, d.transpose((1, 0)))
         issued()
         used = use(plgpu.wgmma_accumulator_load(one, wait_n=1))
         return used, two[...]
