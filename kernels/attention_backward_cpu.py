@@ -162,7 +162,8 @@ def _some_pairs(
     index = jnp.clip(index, 0, queries - 1)
     positions = jnp.where(taken, jnp.take_along_axis(positions, index, axis=1), -1)
     dy, q = (
-        jnp.where(taken[:, None, :, None], jnp.take_along_axis(x, index[:, None, :, None], axis=2), 0.0) for x in (dy, q)
+        jnp.where(taken[:, None, :, None], jnp.take_along_axis(x, index[:, None, :, None], axis=2), 0.0)
+        for x in (dy, q)
     )
     keys = _pad(k, 2, wide).reshape(pairs, -1, kv_block, wide)
 

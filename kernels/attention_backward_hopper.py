@@ -1,14 +1,13 @@
 """Gradients of causal grouped-query attention on Hopper GPUs, in an order that positions alone decide.
 
-Three kernels, no atomics:
-
-======= ======================================= ====================================================================
-kernel  a block owns                            and walks
-======= ======================================= ====================================================================
-`delta` 64 queries of a head                    nothing: a row sum in the order of the accumulator's layout
-`dkv`   128 keys of a KV head                   the query heads of a node, and of each the queries from the diagonal on
-`dq`    128 queries of a head                   the keys up to the diagonal
-======= ======================================= ====================================================================
+========= =========================== =====================================================================
+kernel    a block owns                and walks
+========= =========================== =====================================================================
+`delta`   64 queries of a head        nothing: a row sum in the order of the accumulator's layout
+`dkv`     128 keys of a KV head       the query heads of a node, of each the queries from the last to the diagonal
+`dq`      128 queries of a head       the keys from 0 to the diagonal
+`at_once` 128 keys of a KV head       as `dkv`, and adds its shares of dq in device memory when its turn has come
+========= =========================== =====================================================================
 
 Tiling and recomputation: FlashAttention-2, arXiv 2307.08691; warpgroups in turns: FlashAttention-3, arXiv 2407.08608.
 """
@@ -83,9 +82,10 @@ def attention_backward(
         dk[j]    = scale * sum_i ds[i, j] q[i]
         dv[j]    = sum_i p[i, j] dy[i]
 
-    Products are accumulations on the tensor cores, f32 from +0, in steps of 16: over D; over keys ascending from 0; over
-    queries ascending from the sequence's first, and after the last from the next head's first, ``heads_per_node`` heads in
-    one accumulation. p and ds are rounded to the operands' dtype for them. A zero is +0.
+    Products are accumulations on the tensor cores, f32 from +0, in steps of 16: over D; over queries in blocks of 64 from the
+    sequence's first, the last block first, ascending inside; then the same with the next head, ``heads_per_node`` heads in
+    one accumulation; over keys ascending from 0, in one accumulation, or with ``at_once`` in one for each 128 keys, which are
+    added left-deep. p and ds are rounded to the operands' dtype for them. A zero is +0.
 
     A *node* is the unit that a mesh may not cut: with the query heads of a KV head on one rank it is the whole group, the
     default, and dk, dv are rounded once and final. Where a mesh cuts a group, ``heads_per_node`` is the number of heads on
@@ -97,7 +97,8 @@ def attention_backward(
         lse: ``[B, heads, T]`` f32, ``max_j s[i, j] + log2 sum_j exp2(s[i, j] - max_j s[i, j])`` of scores in units of log 2.
         offset: ``[B]`` integers, the position of each sequence's first query; ``offset + T <= S``.
         scale: Factor of the scores.
-        heads_per_node: Divides the group ``heads / kv_heads``.
+        heads_per_node: Divides the group ``heads / kv_heads``. Numerics-bearing.
+        at_once: One kernel of five products instead of two of seven; D is 128. Numerics-bearing: another order of dq.
         settings: Performance-only.
 
     Returns:
@@ -111,7 +112,7 @@ def attention_backward(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: other D or dtypes.
     """
-    group = _check(dy, q, k, v, y, lse, offset, heads_per_node)
+    group = _check(dy, q, k, v, y, lse, offset, heads_per_node, at_once)
     per_node = heads_per_node or group
     queries, keys = q.shape[1], k.shape[2]
     dy, q, y = (_pad(x, 1, 8) for x in (dy, q, y))  # TMA on tiled rows wants whole tiles of 8
@@ -134,7 +135,15 @@ def attention_backward(
 
 
 def _check(
-    dy: Array, q: Array, k: Array, v: Array, y: Array, lse: Array, offset: Array, heads_per_node: int | None
+    dy: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    y: Array,
+    lse: Array,
+    offset: Array,
+    heads_per_node: int | None,
+    at_once: bool,
 ) -> int:
     group = 0
     with Problems("attention_backward") as problems:
@@ -153,9 +162,13 @@ def _check(
             kv_heads = k.shape[1]
             if dim not in (64, 128):
                 problems.unsupported(f"head_dim {dim}; supported are 64 and 128")
+            elif at_once and dim != 128:
+                problems.unsupported(f"head_dim {dim} with at_once; supported is 128")
             problems.check(k.shape[0] == batch, f"q has batch {batch}, k has {k.shape[0]}")
             problems.check(k.shape[3] == dim, f"q has head_dim {dim}, k has {k.shape[3]}")
-            problems.check(lse.shape == (batch, heads, queries), f"lse has shape {lse.shape}, not {(batch, heads, queries)}")
+            problems.check(
+                lse.shape == (batch, heads, queries), f"lse has shape {lse.shape}, not {(batch, heads, queries)}"
+            )
             problems.check(offset.shape == (batch,), f"offset has shape {offset.shape}, not {(batch,)}")
             if problems.check(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} KV heads"):
                 group = heads // kv_heads
@@ -178,9 +191,7 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 def _fma(a: Any, b: Any, c: Any, layout: Any) -> Any:
     """``a * b + c``, rounded once, whatever the compiler would have contracted."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout)
-    )
+    @plgpu.inline_mgpu(arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout))
     def f(ctx, a, b, c):
         return a._pointwise(lambda x, y, z: mlir_math.fma(x, y, z), b, c)
 
@@ -251,6 +262,31 @@ def _add_products(sums: Sequence[Any], *factors: tuple[Any, Ref]) -> tuple[Any, 
             plgpu.wgmma(ref, a, b)
 
     return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
+
+
+def _wait_from(first: int, at: Any, barrier: Ref) -> None:
+    """Slots of a ring are free at the first ``first`` steps."""
+    pl.when(at >= first)(lambda: plgpu.barrier_wait(barrier))
+
+
+def _feed_queries(
+    steps: Any, stages: int, place: Callable[[Any], tuple[Any, Any, Any]], *streams: tuple[Ref, ...]
+) -> None:
+    """Fill the ring of `dkv`: 64 queries a step, each with a number (lse or delta).
+
+    ``place`` gives a step's sequence, head and queries; ``streams`` are (tiles, numbers, their slots, full, free).
+    """
+
+    def load(at, _):
+        slot = lax.rem(at, i32(stages))
+        row, head, queries = place(at)
+        for tiles, numbers, tile_slots, number_slots, full, free in streams:
+            _wait_from(stages, at, free.at[slot])
+            plgpu.copy_gmem_to_smem(tiles.at[row, queries, head], tile_slots.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(numbers.at[row, head, queries], number_slots.at[slot], full.at[slot])
+        return _
+
+    lax.fori_loop(0, steps, load, None)
 
 
 class _Turns:
@@ -337,9 +373,21 @@ def _dkv(
     blocks = pl.cdiv(queries, ROWS)
 
     def kernel(q_gmem, k_gmem, v_gmem, dy_gmem, lse_gmem, delta_gmem, offset_gmem, dk_gmem, dv_gmem, *scratch):
-        q_smem, dy_smem, k_smem, v_smem, out_smem, lse_smem, delta_smem, kv_full, q_full, dy_full, q_free, dy_free, turn = (
-            scratch
-        )
+        (
+            q_smem,
+            dy_smem,
+            k_smem,
+            v_smem,
+            out_smem,
+            lse_smem,
+            delta_smem,
+            kv_full,
+            q_full,
+            dy_full,
+            q_free,
+            dy_free,
+            turn,
+        ) = scratch
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
         # The first keys are seen by most queries: the longest tiles first.
         tile, chain = lax.div(item, i32(chains)), lax.rem(item, i32(chains))
@@ -362,8 +410,9 @@ def _dkv(
             turns.begin()
 
             def head(number, sums):
-                def step(block, sums, masked):
-                    at = number * steps + block - start
+                def step(index, sums, masked):
+                    at = number * steps + index
+                    block = blocks - 1 - index
                     slot = lax.rem(at, i32(stages))
                     plgpu.barrier_wait(q_full.at[slot])
 
@@ -388,10 +437,10 @@ def _dkv(
                     plgpu.barrier_arrive(q_free.at[slot])
                     return dv, dk
 
-                # Queries from here on see every key of this warpgroup.
+                # Queries before this block do not see every key of this warpgroup.
                 whole = lax.div(jnp.maximum(key + (ROWS - 1) - first_query, 0) + (ROWS - 1), i32(ROWS))
-                partly, wholly = (functools.partial(step, masked=masked) for masked in (True, False))
-                return _walk(start, whole, i32(blocks), partly, wholly, sums)
+                wholly, partly = (functools.partial(step, masked=masked) for masked in (False, True))
+                return _walk(i32(0), blocks - whole, steps, wholly, partly, sums)
 
             dv, dk = lax.fori_loop(0, per_node, head, (_zeros(ROWS, dim), _zeros(ROWS, dim)))
             turns.end()
@@ -408,24 +457,17 @@ def _dkv(
             for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
                 plgpu.copy_gmem_to_smem(gmem.at[row, kv, pl.ds(first_key, 2 * ROWS)], smem, kv_full)
 
-            def load(at, _):
-                slot = lax.rem(at, i32(stages))
-                head = first_head + lax.div(at, steps)
-                rows = pl.ds((start + lax.rem(at, steps)) * ROWS, ROWS)
-                for tile, numbers, smem, numbers_smem, full, free in (
-                    (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
-                    (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
-                ):
+            def place(at):
+                block = blocks - 1 - lax.rem(at, steps)
+                return row, first_head + lax.div(at, steps), pl.ds(block * ROWS, ROWS)
 
-                    @pl.when(at >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    plgpu.copy_gmem_to_smem(tile.at[row, rows, head], smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(numbers.at[row, head, rows], numbers_smem.at[slot], full.at[slot])
-                return _
-
-            lax.fori_loop(0, per_node * steps, load, None)
+            _feed_queries(
+                per_node * steps,
+                stages,
+                place,
+                (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
+                (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
+            )
 
     def entry(*refs):
         pl.run_scoped(
@@ -521,10 +563,7 @@ def _all_at_once(
             def hand_over(number, part):
                 """The share of dq of step ``number``, to the warpgroup that adds it."""
 
-                @pl.when(number > 0)
-                def _():
-                    plgpu.barrier_wait(dq_free)
-
+                _wait_from(1, number, dq_free)
                 dq_smem.at[wg][...] = part
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(dq_full)
@@ -550,11 +589,7 @@ def _all_at_once(
                     delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
                     ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
                     p, ds = lax.optimization_barrier((p.astype(dtype), ds.astype(dtype)))
-
-                    @pl.when(at > 0)
-                    def _():
-                        plgpu.barrier_wait(ds_free.at[now])
-
+                    _wait_from(1, at, ds_free.at[now])
                     ds_smem.at[now, mine][...] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_full.at[now])
@@ -562,10 +597,7 @@ def _all_at_once(
 
                     # dq is a step late: by then the other warpgroup's ds is there too. The first step multiplies what
                     # nobody reads.
-                    @pl.when(at > 0)
-                    def _():
-                        plgpu.barrier_wait(ds_full.at[before])
-
+                    _wait_from(1, at, ds_full.at[before])
                     dv, dk, part = _add_products(
                         (*sums, _zeros(ROWS, half)),
                         (p, dy_smem.at[slot]),
@@ -611,24 +643,17 @@ def _all_at_once(
             for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
                 plgpu.copy_gmem_to_smem(gmem.at[row, kv, pl.ds(first_key, 2 * ROWS)], smem, kv_full)
 
-            def load(at, _):
-                slot = lax.rem(at, i32(stages))
-                head = first_head + lax.div(at, steps)
-                rows = pl.ds((blocks - 1 - lax.rem(at, steps)) * ROWS, ROWS)
-                for of, numbers, smem, numbers_smem, full, free in (
-                    (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
-                    (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
-                ):
+            def place(at):
+                block = blocks - 1 - lax.rem(at, steps)
+                return row, first_head + lax.div(at, steps), pl.ds(block * ROWS, ROWS)
 
-                    @pl.when(at >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    plgpu.copy_gmem_to_smem(of.at[row, rows, head], smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(numbers.at[row, head, rows], numbers_smem.at[slot], full.at[slot])
-                return _
-
-            lax.fori_loop(0, total, load, None)
+            _feed_queries(
+                total,
+                stages,
+                place,
+                (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
+                (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
+            )
 
         @pl.when(wg == 3)
         def _():
@@ -782,11 +807,7 @@ def _dq(
             def load(block, _):
                 slot = lax.rem(block, i32(stages))
                 for gmem, smem, full, free in ((k_gmem, k_smem, k_full, k_free), (v_gmem, v_smem, v_full, v_free)):
-
-                    @pl.when(block >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
+                    _wait_from(stages, block, free.at[slot])
                     plgpu.copy_gmem_to_smem(
                         gmem.at[row, kv, pl.ds(block * kv_rows, kv_rows)], smem.at[slot], full.at[slot]
                     )
