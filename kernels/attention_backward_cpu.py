@@ -53,7 +53,8 @@ def attention_backward(
     dq, dk, dv = attention_backward_by_head(
         dy, q, k, v, positions=positions, scale=scale, kv_block=kv_block, kv_head_of=kv_head_of
     )
-    return dq, *(cast(sum_of_heads(x, of.shape[1], kv_head_of), of.dtype) for x, of in ((dk, k), (dv, v)))
+    dk, dv = (cast(sum_of_heads(x, of.shape[1], kv_head_of), of.dtype) for x, of in ((dk, k), (dv, v)))
+    return dq, dk, dv
 
 
 def attention_backward_by_head(
@@ -205,5 +206,5 @@ def _some_pairs(
     by_query, of_keys = (jnp.zeros((pairs, group, n, wide), jnp.float32) for n in (places, size))
     dq, dk, dv = lax.fori_loop(0, used, block, (by_query, of_keys, of_keys))
     dq = jnp.take_along_axis(dq, (jnp.arange(queries) + before)[:, None, :, None], axis=2)
-    dq, dk, dv = product(dq, scale), product(dk, scale), dv
-    return tuple(jnp.where(x == 0, 0.0, x)[..., :dim] for x in (dq, dk, dv))
+    dq, dk, dv = (jnp.where(x == 0, 0.0, x)[..., :dim] for x in (product(dq, scale), product(dk, scale), dv))
+    return dq, dk, dv
