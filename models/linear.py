@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -127,10 +126,8 @@ class Linear(nnx.Module):
                 numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
                 for i, name in enumerate(self.names)
             )
-        bias = jnp.concatenate([b.reshape(-1) for b in biases]) if biases else None
-        y = numerics.column(x, self._packed(), bias, TENSOR, dtype)
         sizes = [size // lax.axis_size(TENSOR) for size in self.sizes]
-        return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
+        return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, sizes, dtype)
 
     def _packed(self) -> Any:
         return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.packed])

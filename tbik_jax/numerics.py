@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -18,6 +20,8 @@ from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 
 Array = jax.Array
+#: Up to so many rows, one kernel for all projections of an input and copies of its parts are faster than a kernel each.
+_FEW_ROWS = 256
 Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
 
 
@@ -52,6 +56,19 @@ class Numerics(ABC):
     @abstractmethod
     def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
         """``x [..., K]``, the same on every rank -> ``[..., slots * n]``."""
+
+    def columns(
+        self,
+        x: Array,
+        w: Weight,
+        biases: Sequence[Array] | None,
+        axis: str,
+        sizes: Sequence[int],
+        dtype: DTypeLike | None = None,
+    ) -> tuple[Array, ...]:
+        """:meth:`column` for several projections, whose columns lie side by side in ``w``."""
+        y = self.column(x, w, jnp.concatenate(biases) if biases else None, axis, dtype)
+        return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
 
     @abstractmethod
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
@@ -104,6 +121,33 @@ class Invariant(Numerics):
 
     def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
         return dense.column_parallel(x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype)
+
+    def columns(
+        self,
+        x: Array,
+        w: Weight,
+        biases: Sequence[Array] | None,
+        axis: str,
+        sizes: Sequence[int],
+        dtype: DTypeLike | None = None,
+    ) -> tuple[Array, ...]:
+        rows = x.size // x.shape[-1]
+        if isinstance(w, matmul.PackedWeight) or rows <= _FEW_ROWS or len(sizes) == 1:
+            return super().columns(x, w, biases, axis, sizes, dtype)
+        # A kernel's result that is cut is copied: of many rows, each projection has a kernel.
+        starts = [0, *np.cumsum(sizes).tolist()]
+        return tuple(
+            dense.column_parallel(
+                x,
+                w,
+                biases[i] if biases else None,
+                axis_name=axis,
+                contract=self.contract,
+                dtype=dtype,
+                columns=(starts[i], starts[i + 1]),
+            )
+            for i in range(len(sizes))
+        )
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
         return dense.row_parallel(

@@ -71,6 +71,7 @@ def node_products(
     nodes: Sequence[Node],
     *,
     layout: Layout = "lnk",
+    columns: tuple[int, int] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """The products of the leaves, added to the nodes of a tree.
@@ -80,6 +81,7 @@ def node_products(
         w: ``[leaves, N, k]``, or as ``layout`` says, or packed.
         nodes: They cover the leaves, in order.
         layout: How ``w`` is stored; no bit depends on it, and a Hopper GPU copies none of them.
+        columns: Start and stop of the outputs that are computed; by default all N.
         dtype: Of the result, rounded to once. Nodes that are still to be added to others stay f32.
 
     Returns:
@@ -89,7 +91,11 @@ def node_products(
     """
     _check("node_products", x, w, layout=layout)
     if _family() == "sm90":
-        return _hopper(f"mlk,{layout}->mn", x, w, nodes, dtype)
+        return _hopper(f"mlk,{layout}->mn", x, w, nodes, dtype, columns)
+    if columns is not None:
+        if isinstance(w, PackedWeight):
+            raise NotImplementedError("columns of a weight packed for the CPU: compute all of them, and cut the result")
+        w = jax.lax.slice_in_dim(w, *columns, axis=layout.index("n"))
     leaves = one_by_one(cpu.leaf_products)(x, w if isinstance(w, PackedWeight) else _by_leaf(w, layout))
     if len(nodes) < leaves.shape[0]:
         leaves = exact.rounded(leaves)
@@ -145,7 +151,14 @@ def _family() -> backend.Family:
     return family
 
 
-def _hopper(spec: str, a: Array, b: Array | PackedWeight, nodes: Sequence[Node], dtype: DTypeLike) -> Array:
+def _hopper(
+    spec: str,
+    a: Array,
+    b: Array | PackedWeight,
+    nodes: Sequence[Node],
+    dtype: DTypeLike,
+    columns: tuple[int, int] | None = None,
+) -> Array:
     """``[nodes, ...]``. Operands of different dtypes are both widened to f32, which is exact."""
     from tbik_jax.kernels.matmul import hopper
 
@@ -153,7 +166,7 @@ def _hopper(spec: str, a: Array, b: Array | PackedWeight, nodes: Sequence[Node],
         raise NotImplementedError("a weight packed for the CPU does not serve a Hopper GPU; give it as it is stored")
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    product = partial(hopper.product, spec, nodes=tuple(nodes), dtype=dtype)
+    product = partial(hopper.product, spec, nodes=tuple(nodes), dtype=dtype, columns=columns)
     out = one_by_one(lambda a, b: product(a, b))(a, b)
     return out[None] if len(nodes) == 1 else out
 

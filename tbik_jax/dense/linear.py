@@ -34,6 +34,7 @@ def column_parallel(
     contract: Contract,
     leaves: int | None = None,
     dtype: DTypeLike | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> Array:
     """A product whose output columns are split over the axis: no exchange forward, a tree over columns backward.
 
@@ -49,13 +50,15 @@ def column_parallel(
         leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``).
             Slots on several ranks do not tell: without ``leaves`` they have no gradient.
         dtype: Output dtype; the dtype of ``x`` by default.
+        columns: Start and stop of the local columns that are computed, of a weight that several projections share. For
+            inference: no gradient, and not of weights packed for the CPU.
 
     Guarantee: column n of row m depends on that row and that row of ``w`` alone: not on the mesh, the batch, or N. The
     input gradient is the tree over the leaves of N. Weight and bias gradients reduce over the tokens at hand.
 
     Raises:
         ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
-        NotImplementedError: the gradient of a packed weight.
+        NotImplementedError: the gradient of a packed weight, or of ``columns``.
     """
     lead, k, result = x.shape[:-1], x.shape[-1], jnp.dtype(dtype or x.dtype)
     rows = x.reshape(-1, k)
@@ -64,13 +67,18 @@ def column_parallel(
             problems.check(
                 w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]"
             )
+        if columns is not None:
+            raise NotImplementedError("columns of a weight packed for the CPU: compute all of them, and cut the result")
         y = _packed_products((Node(0, 1),), rows[:, None], w)[0]
     else:
         slots, tree = _cut("dense.column_parallel", w, 0, axis_name, contract, leaves)
         with Problems("dense.column_parallel") as problems:
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
         of_product = jnp.dtype(jnp.float32) if bias is not None else result
-        y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
+        if columns is None:
+            y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
+        else:
+            y = _some_columns(columns, of_product, rows, w.reshape(1, -1, k))
     return _finish("dense.column_parallel", y, bias, result).reshape(*lead, -1)
 
 
@@ -320,6 +328,22 @@ def _column_bwd(
 
 
 _column.defvjp(_column_fwd, _column_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _some_columns(columns: tuple[int, int], dtype: Dtype, x: Array, w: Array) -> Array:
+    return matmul.node_products(x[:, None], w, (Node(0, 1),), columns=columns, dtype=dtype)[0]
+
+
+def _some_columns_fwd(columns: tuple[int, int], dtype: Dtype, x: Array, w: Array) -> tuple[Array, None]:
+    return _some_columns(columns, dtype, x, w), None
+
+
+def _some_columns_bwd(columns: tuple[int, int], dtype: Dtype, _: None, dy: Array) -> tuple[Any, Any]:
+    raise NotImplementedError("columns of a weight have no gradient here; give each projection a weight of its own")
+
+
+_some_columns.defvjp(_some_columns_fwd, _some_columns_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

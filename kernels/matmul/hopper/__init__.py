@@ -37,6 +37,7 @@ def product(
     nodes: Sequence[Node],
     *,
     dtype: DTypeLike | None = None,
+    columns: tuple[int, int] | None = None,
     tiles: Tiles | SmallTiles | None = None,
 ) -> Array:
     """A product whose contraction is cut in leaves, reduced to nodes of the canonical tree.
@@ -48,6 +49,7 @@ def product(
         a, b: bf16, f16 or f32, both the same. f32 is multiplied in bfloat16 pieces (`split`), at an eighth of the speed.
         nodes: Nodes that cover leaves 0, 1, ... in order; the root alone gives the whole sum.
         dtype: Of the result, rounded to once: that of ``a`` by default, or f32.
+        columns: Start and stop of the range of ``n`` that is computed; by default all of it. Nothing is copied.
         tiles: Performance-only; chosen by shape.
 
     Returns:
@@ -90,6 +92,11 @@ def product(
             if x.dtype.name not in DTYPES:
                 problems.unsupported(f"{name} is {x.dtype}; supported are {', '.join(DTYPES)}")
         problems.check(a.dtype == b.dtype, f"a is {a.dtype} and b {b.dtype}; cast one of them")
+        first, stop = columns or (0, sizes.get("n", 0))
+        problems.check(
+            0 <= first < stop <= sizes.get("n", 0),
+            f"columns {columns} are not a range inside the {sizes.get('n')} of b",
+        )
         leaves = sizes.get("l", 1)
         spans = [node.span for node in nodes]
         problems.check(
@@ -105,7 +112,8 @@ def product(
     k = a.shape[of_a.index("k")]
     left, right = Operand(of_a, "m"), Operand(of_b, "n")
     batch = sizes.get("b", 1)
-    problem = Problem(sizes["m"], sizes["n"], k, batch, left, right, "s" + of_out, a.dtype, out_dtype, steps)
+    axes = "s" + of_out
+    problem = Problem(sizes["m"], stop - first, k, batch, left, right, axes, a.dtype, out_dtype, steps, first)
     a, b = _padded(left, a), _padded(right, b)
     blocks = _multiprocessors()
     if tiles is None:

@@ -93,6 +93,7 @@ class Problem:
     dtype: Any
     out_dtype: Any
     program: Program
+    first: int = 0  # column of b that is the result's first
 
 
 def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) -> Array:
@@ -209,7 +210,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     where = {"k": k, "depth": DEPTH, "leaf": leaf, "batch": batch}
                     for operand, ref, start, size, smem, shared in (
                         (problem.a, a_gmem, row, block_rows, a_smem, shares_rows),
-                        (problem.b, b_gmem, column, columns, b_smem, not shares_rows),
+                        (problem.b, b_gmem, column + problem.first, columns, b_smem, not shares_rows),
                     ):
                         plgpu.copy_gmem_to_smem(
                             operand.at(ref, start=start, size=size, **where),

@@ -143,7 +143,8 @@ def _kernel(
             a_slot = a_smem.at[slot]
             if not tiles.swap:  # rows behind the last hold whatever was there, and give results that nobody reads
                 a_slot = a_slot.at[pl.ds(0, tile.tokens)] if problem.a.k_major else a_slot.at[:, pl.ds(0, tile.tokens)]
-            plgpu.copy_gmem_to_smem(at(problem.b, b_gmem, column, tiles.columns), b_smem.at[slot], full.at[slot])
+            first = column + problem.first
+            plgpu.copy_gmem_to_smem(at(problem.b, b_gmem, first, tiles.columns), b_smem.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(at(problem.a, a_gmem, zero, tile.tokens), a_slot, full.at[slot])
 
         for step in range(stages):
