@@ -49,7 +49,7 @@ class PrefillTiles:
     """
 
     stages: int = 2
-    order: Literal["heads", "tiles"] = "heads"
+    order: Literal["heads", "tiles"] = "tiles"
     merge: Literal["late", "peeled"] = "late"
     blocks: int = 0
     registers: tuple[int, int] = (240, 24)
