@@ -20,8 +20,6 @@ from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 
 Array = jax.Array
-#: Up to so many rows, one kernel for all projections of an input and copies of its parts are faster than a kernel each.
-_FEW_ROWS = 256
 Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
 
 
@@ -131,23 +129,7 @@ class Invariant(Numerics):
         sizes: Sequence[int],
         dtype: DTypeLike | None = None,
     ) -> tuple[Array, ...]:
-        rows = x.size // x.shape[-1]
-        if isinstance(w, matmul.PackedWeight) or rows <= _FEW_ROWS or len(sizes) == 1:
-            return super().columns(x, w, biases, axis, sizes, dtype)
-        # A kernel's result that is cut is copied: of many rows, each projection has a kernel.
-        starts = [0, *np.cumsum(sizes).tolist()]
-        return tuple(
-            dense.column_parallel(
-                x,
-                w,
-                biases[i] if biases else None,
-                axis_name=axis,
-                contract=self.contract,
-                dtype=dtype,
-                columns=(starts[i], starts[i + 1]),
-            )
-            for i in range(len(sizes))
-        )
+        return dense.column_parallel_parts(x, w, sizes, biases or None, dtype=dtype)
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
         return dense.row_parallel(

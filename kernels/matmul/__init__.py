@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -71,7 +72,6 @@ def node_products(
     nodes: Sequence[Node],
     *,
     layout: Layout = "lnk",
-    columns: tuple[int, int] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Array:
     """The products of the leaves, added to the nodes of a tree.
@@ -81,7 +81,6 @@ def node_products(
         w: ``[leaves, N, k]``, or as ``layout`` says, or packed.
         nodes: They cover the leaves, in order.
         layout: How ``w`` is stored; no bit depends on it, and a Hopper GPU copies none of them.
-        columns: Start and stop of the outputs that are computed; by default all N.
         dtype: Of the result, rounded to once. Nodes that are still to be added to others stay f32.
 
     Returns:
@@ -91,11 +90,7 @@ def node_products(
     """
     _check("node_products", x, w, layout=layout)
     if _family() == "sm90":
-        return _hopper(f"mlk,{layout}->mn", x, w, nodes, dtype, columns)
-    if columns is not None:
-        if isinstance(w, PackedWeight):
-            raise NotImplementedError("columns of a weight packed for the CPU: compute all of them, and cut the result")
-        w = jax.lax.slice_in_dim(w, *columns, axis=layout.index("n"))
+        return _hopper(f"mlk,{layout}->mn", x, w, nodes, dtype)[0]
     leaves = one_by_one(cpu.leaf_products)(x, w if isinstance(w, PackedWeight) else _by_leaf(w, layout))
     if len(nodes) < leaves.shape[0]:
         leaves = exact.rounded(leaves)
@@ -103,11 +98,25 @@ def node_products(
     return exact.cast(leaves, dtype)
 
 
+def parted_products(
+    x: Array, w: Array | PackedWeight, parts: Sequence[int], *, dtype: DTypeLike = jnp.float32
+) -> tuple[Array, ...]:
+    """Products of one leaf with the projections that lie side by side in ``w [1, N, k]``, each an array of its own.
+
+    On a Hopper GPU a kernel writes them apart, which spares the copies that cutting its result would cost.
+    """
+    _check("parted_products", x, w)
+    if _family() == "sm90":
+        return tuple(y[0] for y in _hopper("mlk,lnk->mn", x, w, (Node(0, 1),), dtype, parts))
+    y = node_products(x, w, (Node(0, 1),), dtype=dtype)[0]
+    return tuple(jnp.split(y, list(itertools.accumulate(parts))[:-1], axis=-1))
+
+
 def input_gradient(dy: Array, w: Array, *, layout: Layout = "lnk") -> Array:
     """``dx[m, l, k] = sum_n dy[m, n] * w[l, n, k]``: one leaf over n. ``dy [M, N]``, ``w`` as stored; f32 ``[M, leaves, k]``."""
     if _family() == "sm90":
         stored = layout.translate(str.maketrans("lnk", "bkn"))  # the letters of a product over n
-        return _hopper(f"mk,{stored}->mbn", dy, w, (Node(0, 1),), jnp.float32)[0]
+        return _hopper(f"mk,{stored}->mbn", dy, w, (Node(0, 1),), jnp.float32)[0][0]
     w = _by_leaf(w, layout)
     leaves, n, _ = w.shape
     dy = jnp.broadcast_to(dy[:, None], (dy.shape[0], leaves, n))
@@ -121,7 +130,7 @@ def weight_gradient(dy: Array, x: Array, *, layout: Layout = "lnk") -> Array:
     """
     if _family() == "sm90":
         stored = layout.translate(str.maketrans("lnk", "bmn"))
-        return _hopper(f"km,kbn->{stored}", dy, x, (Node(0, 1),), jnp.float32)[0]
+        return _hopper(f"km,kbn->{stored}", dy, x, (Node(0, 1),), jnp.float32)[0][0]
     m, leaves, _ = x.shape
     dy = jnp.broadcast_to(dy.T[:, None], (dy.shape[1], leaves, m))
     dw = one_by_one(cpu.leaf_products)(dy, x.transpose(1, 2, 0))
@@ -157,18 +166,18 @@ def _hopper(
     b: Array | PackedWeight,
     nodes: Sequence[Node],
     dtype: DTypeLike,
-    columns: tuple[int, int] | None = None,
-) -> Array:
-    """``[nodes, ...]``. Operands of different dtypes are both widened to f32, which is exact."""
+    parts: Sequence[int] | None = None,
+) -> tuple[Array, ...]:
+    """``[nodes, ...]`` of every part. Operands of different dtypes are both widened to f32, which is exact."""
     from tbik_jax.kernels.matmul import hopper
 
     if isinstance(b, PackedWeight):
         raise NotImplementedError("a weight packed for the CPU does not serve a Hopper GPU; give it as it is stored")
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    product = partial(hopper.product, spec, nodes=tuple(nodes), dtype=dtype, columns=columns)
-    out = one_by_one(lambda a, b: product(a, b))(a, b)
-    return out[None] if len(nodes) == 1 else out
+    products = partial(hopper.products, spec, nodes=tuple(nodes), parts=parts, dtype=dtype)
+    outs = one_by_one(lambda a, b: products(a, b))(a, b)
+    return tuple(out[None] for out in outs) if len(nodes) == 1 else outs
 
 
 def _check(where: str, x: Array, w: Array | PackedWeight, *, layout: Layout = "lnk") -> int:

@@ -4,7 +4,7 @@ Linear layers take weights ``[N, K]`` (output, input), as Hugging Face stores th
 :class:`tbik_jax.Contract`.
 """
 
-from tbik_jax.dense.linear import column_parallel, make_dot_general, row_parallel
+from tbik_jax.dense.linear import column_parallel, column_parallel_parts, make_dot_general, row_parallel
 from tbik_jax.dense.vocabulary import (
     Vocabulary,
     cross_entropy,
@@ -30,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "column_parallel",
+    "column_parallel_parts",
     "cross_entropy",
     "embedding",
     "gather_logits",

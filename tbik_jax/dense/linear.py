@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from tbik_jax._axes import axis_size, vary_like
+from tbik_jax._axes import all_gather, axis_size, vary, vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import Algorithm, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
@@ -34,7 +34,6 @@ def column_parallel(
     contract: Contract,
     leaves: int | None = None,
     dtype: DTypeLike | None = None,
-    columns: tuple[int, int] | None = None,
 ) -> Array:
     """A product whose output columns are split over the axis: no exchange forward, a tree over columns backward.
 
@@ -50,15 +49,13 @@ def column_parallel(
         leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``).
             Slots on several ranks do not tell: without ``leaves`` they have no gradient.
         dtype: Output dtype; the dtype of ``x`` by default.
-        columns: Start and stop of the local columns that are computed, of a weight that several projections share. For
-            inference: no gradient, and not of weights packed for the CPU.
 
     Guarantee: column n of row m depends on that row and that row of ``w`` alone: not on the mesh, the batch, or N. The
     input gradient is the tree over the leaves of N. Weight and bias gradients reduce over the tokens at hand.
 
     Raises:
         ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
-        NotImplementedError: the gradient of a packed weight, or of ``columns``.
+        NotImplementedError: the gradient of a packed weight.
     """
     lead, k, result = x.shape[:-1], x.shape[-1], jnp.dtype(dtype or x.dtype)
     rows = x.reshape(-1, k)
@@ -67,19 +64,53 @@ def column_parallel(
             problems.check(
                 w.leaves == 1 and w.k == k, f"x has K = {k}; the packed weight {(w.leaves, w.n, w.k)} is no [1, N, K]"
             )
-        if columns is not None:
-            raise NotImplementedError("columns of a weight packed for the CPU: compute all of them, and cut the result")
         y = _packed_products((Node(0, 1),), rows[:, None], w)[0]
     else:
         slots, tree = _cut("dense.column_parallel", w, 0, axis_name, contract, leaves)
         with Problems("dense.column_parallel") as problems:
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
         of_product = jnp.dtype(jnp.float32) if bias is not None else result
-        if columns is None:
-            y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
-        else:
-            y = _some_columns(columns, of_product, rows, w.reshape(1, -1, k))
+        y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
     return _finish("dense.column_parallel", y, bias, result).reshape(*lead, -1)
+
+
+def column_parallel_parts(
+    x: Array,
+    w: Array | PackedWeight,
+    parts: Sequence[int],
+    biases: Sequence[Array] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, ...]:
+    """:func:`column_parallel` for projections of one input whose weights lie side by side, for inference.
+
+    Args:
+        x: ``[..., K]``, the same on every rank.
+        w: This rank's rows of all of them, ``[sum(parts), K]`` or ``[1, sum(parts), K]``, or packed from the latter.
+        parts: How many columns each projection has on this rank.
+        biases: ``[n]`` for each, or none.
+        dtype: Of the results; the dtype of ``x`` by default.
+
+    Guarantee: the bits of :func:`column_parallel` with each weight alone.
+
+    Raises:
+        ValueError: sizes that do not fit.
+        NotImplementedError: differentiation.
+    """
+    lead, k, result = x.shape[:-1], x.shape[-1], jnp.dtype(dtype or x.dtype)
+    if not isinstance(w, PackedWeight):
+        w = w.reshape(1, -1, w.shape[-1])
+    n, of_w = (w.n, w.k) if isinstance(w, PackedWeight) else w.shape[1:]
+    with Problems("dense.column_parallel_parts") as problems:
+        problems.check(of_w == k, f"x has K = {k}, w has K = {of_w}")
+        problems.check(sum(parts) == n, f"parts {tuple(parts)} make {sum(parts)} columns, w has {n}")
+        problems.check(biases is None or len(biases) == len(parts), "give one bias per part, or none")
+    of_product = jnp.dtype(jnp.float32) if biases else result
+    ys = _parted(tuple(parts), of_product, x.reshape(-1, k), w)
+    return tuple(
+        _finish("dense.column_parallel_parts", y, biases[i] if biases else None, result).reshape(*lead, -1)
+        for i, y in enumerate(ys)
+    )
 
 
 def row_parallel(
@@ -154,7 +185,8 @@ def _summed(
         problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
     plan, nodes = _local_nodes(tree, axis_name)
     result = jnp.dtype(dtype or x.dtype)
-    of_product = result if axis_name is None and bias is None else jnp.dtype(jnp.float32)
+    alone = plan.ranks == 1 and scatter_dimension is None  # nothing is added to the product, and the kernel rounds
+    of_product = result if alone and bias is None else jnp.dtype(jnp.float32)
     rows = x.reshape(-1, slots, k)
     if isinstance(w, PackedWeight):
         parts = _packed_products(nodes, rows, w)
@@ -163,6 +195,8 @@ def _summed(
     parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
     if axis_name is None:
         total = parts[0]
+    elif alone:
+        total = all_gather(vary(parts, axis_name), axis_name, axis=0, tiled=True)[0]  # the same on all ranks, by type
     elif scatter_dimension is None:
         total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm, of_nodes=plan.is_uniform)
     else:
@@ -331,19 +365,21 @@ _column.defvjp(_column_fwd, _column_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _some_columns(columns: tuple[int, int], dtype: Dtype, x: Array, w: Array) -> Array:
-    return matmul.node_products(x[:, None], w, (Node(0, 1),), columns=columns, dtype=dtype)[0]
+def _parted(parts: tuple[int, ...], dtype: Dtype, x: Array, w: Array | PackedWeight) -> tuple[Array, ...]:
+    return matmul.parted_products(x[:, None], w, parts, dtype=dtype)
 
 
-def _some_columns_fwd(columns: tuple[int, int], dtype: Dtype, x: Array, w: Array) -> tuple[Array, None]:
-    return _some_columns(columns, dtype, x, w), None
+def _parted_fwd(parts: tuple[int, ...], dtype: Dtype, x: Array, w: Array | PackedWeight) -> tuple[Any, None]:
+    return _parted(parts, dtype, x, w), None
 
 
-def _some_columns_bwd(columns: tuple[int, int], dtype: Dtype, _: None, dy: Array) -> tuple[Any, Any]:
-    raise NotImplementedError("columns of a weight have no gradient here; give each projection a weight of its own")
+def _parted_bwd(parts: tuple[int, ...], dtype: Dtype, _: None, dy: Any) -> tuple[Any, Any]:
+    raise NotImplementedError(
+        "projections side by side are for inference; to differentiate, give each its own [N, K] weight"
+    )
 
 
-_some_columns.defvjp(_some_columns_fwd, _some_columns_bwd)
+_parted.defvjp(_parted_fwd, _parted_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -96,6 +96,7 @@ def attention(
             jax.ShapeDtypeStruct((batch * groups, splits, 2, rows), jnp.float32),
         ],
         grid=(min(tiles.blocks or multiprocessors, batch * groups * splits),),
+        kernel_name="attention_decode",
         grid_names=("grid",),
         num_threads=2,
         thread_name="wg",
@@ -290,6 +291,7 @@ def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: 
         functools.partial(_merge, dim=dim, chunk=chunk, unroll=tiles.unroll, groups=pairs // bounds.shape[0]),
         out_type=jax.ShapeDtypeStruct((pairs, pieces * _LANES), dtype),
         grid=(pairs, pieces),
+        kernel_name="attention_merge",
         grid_names=("pair", "piece"),
         compiler_params=formula.PARAMS,
     )(acc.reshape(pairs, splits, rows * dim), ml, bounds)

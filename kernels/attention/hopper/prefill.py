@@ -91,6 +91,7 @@ def attention(
         ),
         out_type=out_type,
         grid=(count,),
+        kernel_name="attention_prefill",
         grid_names=("grid",),
         num_threads=3,
         thread_name="wg",

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +25,7 @@ from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
 from tbik_jax.tree import Node
 
-__all__ = ["SmallTiles", "Tiles", "product"]
+__all__ = ["SmallTiles", "Tiles", "product", "products"]
 
 Array = jax.Array
 
@@ -37,7 +39,6 @@ def product(
     nodes: Sequence[Node],
     *,
     dtype: DTypeLike | None = None,
-    columns: tuple[int, int] | None = None,
     tiles: Tiles | SmallTiles | None = None,
 ) -> Array:
     """A product whose contraction is cut in leaves, reduced to nodes of the canonical tree.
@@ -49,7 +50,6 @@ def product(
         a, b: bf16, f16 or f32, both the same. f32 is multiplied in bfloat16 pieces (`split`), at an eighth of the speed.
         nodes: Nodes that cover leaves 0, 1, ... in order; the root alone gives the whole sum.
         dtype: Of the result, rounded to once: that of ``a`` by default, or f32.
-        columns: Start and stop of the range of ``n`` that is computed; by default all of it. Nothing is copied.
         tiles: Performance-only; chosen by shape.
 
     Returns:
@@ -62,6 +62,20 @@ def product(
         ValueError: a spec, shapes or nodes that do not fit.
         NotImplementedError: another dtype, or a layout whose last dimension is the leaf or the batch.
     """
+    return products(spec, a, b, nodes, None, dtype=dtype, tiles=tiles)[0]
+
+
+def products(
+    spec: str,
+    a: Array,
+    b: Array,
+    nodes: Sequence[Node],
+    parts: Sequence[int] | None,
+    *,
+    dtype: DTypeLike | None = None,
+    tiles: Tiles | SmallTiles | None = None,
+) -> tuple[Array, ...]:
+    """:func:`product`, its ``n`` cut in ``parts``, each an array of its own: projections that share an input and a weight."""
     of_a, of_b, of_out = _parse(spec)
     sizes: dict[str, int] = {}
     with Problems("hopper.product") as problems:
@@ -92,10 +106,10 @@ def product(
             if x.dtype.name not in DTYPES:
                 problems.unsupported(f"{name} is {x.dtype}; supported are {', '.join(DTYPES)}")
         problems.check(a.dtype == b.dtype, f"a is {a.dtype} and b {b.dtype}; cast one of them")
-        first, stop = columns or (0, sizes.get("n", 0))
+        parts = (sizes.get("n", 0),) if parts is None else tuple(parts)
         problems.check(
-            0 <= first < stop <= sizes.get("n", 0),
-            f"columns {columns} are not a range inside the {sizes.get('n')} of b",
+            sum(parts) == sizes.get("n", 0) and all(n > 0 for n in parts),
+            f"parts {parts} do not make the {sizes.get('n')} columns of b",
         )
         leaves = sizes.get("l", 1)
         spans = [node.span for node in nodes]
@@ -113,19 +127,20 @@ def product(
     left, right = Operand(of_a, "m"), Operand(of_b, "n")
     batch = sizes.get("b", 1)
     axes = "s" + of_out
-    problem = Problem(sizes["m"], stop - first, k, batch, left, right, axes, a.dtype, out_dtype, steps, first)
+    problem = Problem(sizes["m"], sizes["n"], k, batch, left, right, axes, a.dtype, out_dtype, steps)
     a, b = _padded(left, a), _padded(right, b)
     blocks = _multiprocessors()
-    if tiles is None:
-        plain = of_out == "mn" and left.k_major and right.k_major
-        if plain and problem.m <= tuning.SMALL_ROWS:
-            tiles = tuning.small_tiles(problem, blocks)
-        tiles = tiles or tuning.large_tiles(problem, blocks)
+    if tiles is None and of_out == "mn" and left.k_major and right.k_major and problem.m <= tuning.SMALL_ROWS:
+        tiles = tuning.small_tiles(problem, blocks)
     if isinstance(tiles, SmallTiles):
-        out = small.product(problem, tuple(nodes), tiles, a, b)
-    else:
-        out = large.product(problem, tiles, a, b, blocks=blocks)
-    return out[0] if len(nodes) == 1 else out
+        outs = small.products(problem, tuple(nodes), tiles, a, b, parts)
+    else:  # of many rows a kernel for each part
+        starts = itertools.accumulate(parts, initial=0)
+        each = [dataclasses.replace(problem, n=n, first=start) for n, start in zip(parts, starts, strict=False)]
+        outs = tuple(
+            large.product(part, tiles or tuning.large_tiles(part, blocks), a, b, blocks=blocks) for part in each
+        )
+    return tuple(out[0] for out in outs) if len(nodes) == 1 else outs
 
 
 def _parse(spec: str) -> tuple[str, str, str]:

@@ -112,6 +112,7 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
         out_type=(out, scratch),
         grid=(grid,),
         grid_names=("grid",),
+        kernel_name="product_of_many_rows",
         cluster=(tiles.cluster,),
         cluster_names=("cluster",),
         num_threads=3,

@@ -51,16 +51,19 @@ class SmallTiles:
     split: int = 1
 
 
-def product(problem: Problem, nodes: tuple[Node, ...], tiles: SmallTiles, a: Array, b: Array) -> Array:
-    """``[nodes, m, n]``; ``m`` at most 128."""
+def products(
+    problem: Problem, nodes: tuple[Node, ...], tiles: SmallTiles, a: Array, b: Array, parts: tuple[int, ...]
+) -> tuple[Array, ...]:
+    """``[nodes, m, n]`` cut in ``parts`` of n, each an array of its own; ``m`` at most 128."""
     leaves = problem.program.leaves
     if leaves % tiles.split or problem.m > 128 or not (problem.a.k_major and problem.b.k_major):
         raise ValueError(f"{tiles} does not fit {problem}")
     return plgpu.kernel(
-        functools.partial(_kernel, problem=problem, nodes=nodes, tiles=tiles),
-        out_type=jax.ShapeDtypeStruct((len(nodes), problem.m, problem.n), problem.out_dtype),
+        functools.partial(_kernel, problem=problem, nodes=nodes, tiles=tiles, parts=parts),
+        out_type=tuple(jax.ShapeDtypeStruct((len(nodes), problem.m, n), problem.out_dtype) for n in parts),
         grid=(-(-problem.n // tiles.columns),),
         grid_names=("grid",),
+        kernel_name="product_of_few_rows",
         cluster=(tiles.split,),
         cluster_names=("cluster",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -108,7 +111,13 @@ class Tile:
 
 
 def _kernel(
-    a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, *, problem: Problem, nodes: tuple[Node, ...], tiles: SmallTiles
+    a_gmem: Ref,
+    b_gmem: Ref,
+    *outs: Ref,
+    problem: Problem,
+    nodes: tuple[Node, ...],
+    tiles: SmallTiles,
+    parts: tuple[int, ...],
 ) -> None:
     leaves = problem.program.leaves
     mine = leaves // tiles.split
@@ -182,7 +191,8 @@ def _kernel(
             return _
 
         lax.fori_loop(0, mine, leaf_body, None) if mine > 1 else leaf_body(jnp.int32(0), None)
-        _finish(parts_smem, out_gmem, column, lax.axis_index("cluster"), problem, nodes, tiles, tile)
+        results = _Results(problem.m, parts, problem.out_dtype)
+        _finish(parts_smem, outs, column, lax.axis_index("cluster"), problem, nodes, tiles, tile, results)
 
 
 def _rows_by_k(operand: Operand, ref: Ref) -> Ref:
@@ -214,11 +224,37 @@ def _less(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
-def _put(out: Any, node: int, quad: Any, row: Any, column: Any, first: Any, problem: Problem, tile: Tile) -> None:
+@dataclass(frozen=True)
+class _Results:
+    """Where the results lie: columns ``0 .. sum(parts)`` of ``[nodes, m, n]`` arrays, one for each part."""
+
+    m: int
+    parts: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether two neighbouring columns, from an even one on, lie side by side."""
+        return all(n % 2 == 0 for n in self.parts)
+
+    def place(self, bases: list[Any], node: int, m: Any, n: Any) -> tuple[Any, Any]:
+        """The array that column ``n`` is in, and the offset of row ``m`` of a node there."""
+        base, width, start, first = bases[0], _i32(self.parts[0]), _i32(0), 0
+        for size, other, of_next in zip(self.parts, bases[1:], self.parts[1:], strict=False):
+            first += size
+            here = arith.cmpi(arith.CmpIPredicate.sge, n, _i32(first))
+            base = arith.select(here, other, base)
+            width, start = arith.select(here, _i32(of_next), width), arith.select(here, _i32(first), start)
+        row = arith.addi(m, _i32(node * self.m))
+        return base, arith.addi(arith.muli(row, width), arith.subi(n, start))
+
+
+def _put(
+    bases: list[Any], node: int, quad: Any, row: Any, column: Any, first: Any, results: _Results, tile: Tile
+) -> None:
     """Cast and write a quad, whose first element is at ``(row, column)`` of the block's tile, where the result has it."""
-    out_type = mgpu.utils.dtype_to_ir_type(jnp.dtype(problem.out_dtype))
-    base = mgpu.utils.memref_ptr(out)
-    if problem.out_dtype != jnp.float32:
+    out_type = mgpu.utils.dtype_to_ir_type(jnp.dtype(results.dtype))
+    if results.dtype != jnp.float32:
         quad = arith.truncf(ir.VectorType.get((4,), out_type), quad)
     for half in range(2):
         if tile.swap:  # rows are columns of the result, which starts at ``first``
@@ -226,25 +262,24 @@ def _put(out: Any, node: int, quad: Any, row: Any, column: Any, first: Any, prob
             for i in range(2):
                 m = arith.addi(column, _i32(i))
                 value = vector.extract(quad, [], [2 * half + i])
-                _store(base, out_type, value, node, m, n, problem)
+                _store(bases, out_type, value, node, m, n, results)
         else:
-            if half and problem.m <= 8:
+            if half and results.m <= 8:
                 break
             m, n = arith.addi(row, _i32(8 * half)), arith.addi(first, column)
-            if problem.n % 2 == 0:
+            if results.by_pairs:
                 pair = vector.extract_strided_slice(ir.VectorType.get((2,), out_type), quad, [2 * half], [2], [1])
-                _store(base, out_type, pair, node, m, n, problem)
+                _store(bases, out_type, pair, node, m, n, results)
             else:
                 for i in range(2):
                     value = vector.extract(quad, [], [2 * half + i])
-                    _store(base, out_type, value, node, m, arith.addi(n, _i32(i)), problem)
+                    _store(bases, out_type, value, node, m, arith.addi(n, _i32(i)), results)
 
 
-def _store(base: Any, out_type: Any, value: Any, node: int, m: Any, n: Any, problem: Problem) -> None:
+def _store(bases: list[Any], out_type: Any, value: Any, node: int, m: Any, n: Any, results: _Results) -> None:
     """One value, or two neighbours, whose columns are both inside or both outside."""
-    with mgpu.utils.when(arith.andi(_less(m, _i32(problem.m)), _less(n, _i32(problem.n)))):
-        offset = arith.addi(arith.muli(m, _i32(problem.n)), n)
-        offset = arith.addi(offset, _i32(node * problem.m * problem.n))
+    with mgpu.utils.when(arith.andi(_less(m, _i32(results.m)), _less(n, _i32(sum(results.parts))))):
+        base, offset = results.place(bases, node, m, n)
         llvm.store(value, mgpu.utils.getelementptr(base, [offset], out_type))
 
 
@@ -274,19 +309,22 @@ def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: Tile) -
 
 def _finish(
     parts_smem: Ref,
-    out_gmem: Ref,
+    outs: tuple[Ref, ...],
     column: Array,
     rank: Array,
     problem: Problem,
     nodes: tuple[Node, ...],
     tiles: SmallTiles,
     tile: Tile,
+    results: _Results,
 ) -> None:
     """The tree over the leaf values of the cluster's blocks; block r finishes every split-th quad from r on."""
     split, mine = tiles.split, problem.program.leaves // tiles.split
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT(())] * 2))
-    def finish(ctx: Any, smem: Any, out: Any, column: Any, rank: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (1 + len(outs)), *[plgpu.Layout.WG_SPLAT(())] * 2))
+    def finish(ctx: Any, smem: Any, *outs_column_rank: Any) -> None:
+        *outs, column, rank = outs_column_rank
+        bases = [mgpu.utils.memref_ptr(out) for out in outs]
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         quad_type = ir.VectorType.get((4,), f32)
         thread, rank = _thread(), _scalar(rank)
@@ -326,11 +364,11 @@ def _finish(
                     )
                     for number, node in enumerate(nodes):
                         total = node.evaluate(functools.partial(value, quad), arith.addf)
-                        _put(out, number, total, *place, _scalar(column), problem, tile)
+                        _put(bases, number, total, *place, _scalar(column), results, tile)
         if split > 1:
             _cluster_barrier()  # nobody leaves while others read its shared memory
 
-    finish(parts_smem, out_gmem, column, rank)
+    finish(parts_smem, *outs, column, rank)
 
 
 def _cluster_barrier() -> None:
