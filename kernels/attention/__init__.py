@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tbik_jax._axes import vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend, exact
-from tbik_jax.kernels.attention import unfused
+from tbik_jax.kernels.attention import unfused, unfused_backward
 from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.matmul import cpu
 
@@ -59,7 +59,7 @@ def attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
-        NotImplementedError: differentiation. On the CPU: D or kv_block above 256; their product, D rounded up to 64, above
+        NotImplementedError: On the CPU: D or kv_block above 256; their product, D rounded up to 64, above
             32768. On Hopper GPUs: another kv_block than 128; D other than 64 and 128, in f32 above 256; scale <= 0; f32 caches
             above 32768 positions.
 
@@ -241,14 +241,50 @@ def _attention(
     return one_by_one(partial(_run, options))(q, k, v, positions, kv_head_of, page_table)
 
 
-def _forward(options: _Options, *arrays: Array) -> tuple[Array, None]:
-    return _attention(options, *arrays), None
+def _forward(options: _Options, *arrays: Array) -> tuple[Array, tuple[Array | None, ...]]:
+    q, k, v, positions, kv_head_of, page_table = arrays
+    with Problems("attention, to be differentiated") as problems:
+        if page_table is not None:
+            problems.unsupported("a paged cache has no gradient; give k and v side by side")
+        if options.family == "sm90":
+            from tbik_jax.kernels.attention import hopper
+
+            if not hopper.is_fused(q, k, v):
+                problems.unsupported(f"gradients in {q.dtype}: Hopper kernels have them in bfloat16 and float16")
+            if kv_head_of is not None:
+                problems.unsupported(
+                    "gradients with kv_head_of: Hopper kernels have them where query heads come in equal groups; use a mesh "
+                    "that divides the KV heads"
+                )
+    if options.family == "cpu":
+        return _attention(options, *arrays), (q, k, v, positions, kv_head_of)
+    y, lse = one_by_one(partial(hopper.attention_with_lse, options.scale))(q, k, v, positions)
+    y = vary_like(y, q, k, v, positions)
+    return y, (q, k, v, positions, y, lse)
 
 
-def _backward(options: _Options, saved: None, dy: Array) -> tuple[Array, ...]:
-    raise NotImplementedError(
-        "attention: the backward pass has no invariant implementation yet; differentiate other ops only"
-    )
+def _backward(options: _Options, saved: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
+    if options.family == "cpu":
+        q, k, v, positions, kv_head_of = saved
+        gradients = unfused_backward.attention_backward(
+            dy,
+            q,
+            k,
+            v,
+            positions=positions,
+            scale=options.scale,
+            kv_block=options.kv_block,
+            kv_head_of=kv_head_of,
+        )
+    else:
+        from tbik_jax.kernels.attention.hopper.backward import attention_backward
+
+        q, k, v, positions, y, lse = saved
+        run = partial(attention_backward, scale=options.scale)
+        run_one = one_by_one(lambda dy, q, k, v, y, lse, offset: run(dy, q, k, v, y, lse, offset=offset))
+        gradients = run_one(dy.astype(q.dtype), q, k, v, y, lse, positions[:, 0])
+        gradients = tuple(vary_like(g, q, k, v, dy) for g in gradients)
+    return (*gradients, None, None, None)
 
 
 _attention.defvjp(_forward, _backward)

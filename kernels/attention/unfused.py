@@ -42,7 +42,7 @@ class Products:
 
 def _cpu_scores(q: Array, k: Array) -> Array:
     rows = q.shape[2]
-    q = _pad(q, 2, max(2, rows))  # one row alone takes a matrix-vector path with another order
+    q = pad(q, 2, max(2, rows))  # one row alone takes a matrix-vector path with another order
     dimensions = (((3,), (3,)), ((0, 1), (0, 1)))
     return lax.dot_general(q, k, dimensions, preferred_element_type=jnp.float32)[:, :, :rows]
 
@@ -54,7 +54,7 @@ def _cpu_values(weights: Array, v: Array) -> Array:
         (((4,), (3,)), ((0, 1, 2), (0, 1, 2))),
         preferred_element_type=jnp.float32,
     )
-    return _left_deep(values, axis=2)
+    return left_deep(values, axis=2)
 
 
 #: Chains of fused multiply-adds (:mod:`tbik_jax.kernels.matmul.cpu`).
@@ -66,8 +66,8 @@ def attention(products: Products, scale: float, kv_block: int, q: Array, k: Arra
     batch, queries, heads, dim = q.shape
     kv_heads, size = k.shape[1], -(-k.shape[2] // kv_block) * kv_block
     # Whole blocks of keys; values with a multiple of 64 columns, as the chain wants them.
-    k = _pad(k.astype(jnp.float32), 2, size)
-    v = _pad(_pad(v.astype(jnp.float32), 2, size), 3, -(-dim // 64) * 64)
+    k = pad(k.astype(jnp.float32), 2, size)
+    v = pad(pad(v.astype(jnp.float32), 2, size), 3, -(-dim // 64) * 64)
     v = v.reshape(batch, kv_heads, -1, kv_block, v.shape[-1])
     # Behind a barrier: XLA evaluates a dot of constants itself while it compiles, in another order.
     grouped = lax.optimization_barrier(q.astype(jnp.float32)).reshape(batch, queries, kv_heads, heads // kv_heads, dim)
@@ -81,13 +81,14 @@ def attention(products: Products, scale: float, kv_block: int, q: Array, k: Arra
         y = piece((grouped, positions))
     else:
         count = -(-queries // fits)
-        pieces = [_pad(a, 1, count * fits).reshape(batch, count, fits, *a.shape[2:]) for a in (grouped, positions)]
+        pieces = [pad(a, 1, count * fits).reshape(batch, count, fits, *a.shape[2:]) for a in (grouped, positions)]
         y = lax.map(piece, tuple(jnp.moveaxis(a, 1, 0) for a in pieces))
         y = jnp.moveaxis(y, 0, 1).reshape(batch, count * fits, *y.shape[3:])[:, :queries]
     return cast(y.reshape(batch, queries, heads, dim), q.dtype)
 
 
-def _pad(x: Array, axis: int, size: int) -> Array:
+def pad(x: Array, axis: int, size: int) -> Array:
+    """Zeros behind, up to ``size`` elements along ``axis``."""
     if x.shape[axis] == size:
         return x
     return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
@@ -107,13 +108,14 @@ def _some_queries(
     scores = jnp.where(visible, scores, -jnp.inf)
     weights = exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     weights = weights.reshape(batch, kv_heads, rows, -1, kv_block)
-    total = _left_deep(tree_sum(weights), axis=3)
+    total = left_deep(tree_sum(weights), axis=3)
     y = quotient(products.values(weights, v), total[..., None])
     y = jnp.where(y == 0, 0.0, y)  # a block of zeros more or less may have turned -0 into +0
     return y.reshape(batch, kv_heads, queries, group, -1).transpose(0, 2, 1, 3, 4)
 
 
-def _left_deep(x: Array, axis: int) -> Array:
+def left_deep(x: Array, axis: int) -> Array:
+    """The sum along ``axis`` in order."""
     total = lax.index_in_dim(x, 0, axis, keepdims=False)
     if (count := x.shape[axis]) <= 16:
         for i in range(1, count):

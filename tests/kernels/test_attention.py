@@ -580,7 +580,9 @@ def test_pages_that_do_not_fit():
         assert message in str(error.value)
 
 
-def test_there_is_no_backward_pass_yet(rng):
-    q, k, v, positions = inputs(rng, 1, 9, 16)
-    with pytest.raises(NotImplementedError, match="the backward pass has no invariant implementation yet"):
-        jax.grad(lambda q: attention(q, k, v, positions=positions, scale=1.0, kv_block=128).sum())(jnp.asarray(q))
+def test_what_has_no_gradient_says_so(rng):
+    q, k, v, positions = (jnp.asarray(x) for x in inputs(rng, 1, 9, 16))
+    table = jnp.zeros((1, 1), jnp.int32)
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 7), (0, 0))) for x in (k, v))
+    with pytest.raises(NotImplementedError, match="a paged cache has no gradient; give k and v side by side"):
+        jax.grad(lambda q: paged_attention(q, k, v, table, positions=positions, scale=1.0, kv_block=128).sum())(q)

@@ -10,7 +10,7 @@ from jax import lax
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
-from tbik_jax.kernels.attention import _check, _left_deep, _pad
+from tbik_jax.kernels.attention.unfused import left_deep, pad
 from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.elementary import exp
 from tbik_jax.kernels.exact import cast, product, quotient, self_test, tree_sum
@@ -93,7 +93,6 @@ def attention_backward_by_head(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: as ``attention``.
     """
-    _check(q, k, v, positions, kv_block, kv_head_of)
     with Problems("attention_backward") as problems:
         problems.check(dy.shape == q.shape, f"dy has shape {dy.shape}, q has {q.shape}")
         problems.check(jnp.issubdtype(dy.dtype, jnp.floating), f"dy is {dy.dtype}, not a float")
@@ -109,7 +108,7 @@ def sum_of_heads(x: Array, kv_heads: int, kv_head_of: Array | None = None) -> Ar
     """``x [B, heads, S, D]`` by query head, f32 -> ``[B, kv_heads, S, D]``: left-deep over the heads of a group, in order."""
     batch, heads, *rest = x.shape
     if kv_head_of is None:
-        return _left_deep(x.reshape(batch, kv_heads, heads // kv_heads, *rest), axis=2)
+        return left_deep(x.reshape(batch, kv_heads, heads // kv_heads, *rest), axis=2)
 
     def add(head: Array, total: Array) -> Array:
         of = kv_head_of[head]
@@ -132,7 +131,7 @@ def _all_heads(
         return x.transpose(0, 2, 3, 1, 4).reshape(pairs, group, queries, dim)
 
     size = -(-length // kv_block) * kv_block
-    k, v = (lax.optimization_barrier(_pad(x.astype(jnp.float32), 2, size)).reshape(pairs, size, dim) for x in (k, v))
+    k, v = (lax.optimization_barrier(pad(x.astype(jnp.float32), 2, size)).reshape(pairs, size, dim) for x in (k, v))
     arguments = by_pair(dy), by_pair(q), k, v, jnp.repeat(positions.astype(jnp.int32), kv_heads, axis=0)
     fits = max(1, _SCORE_BYTES // (4 * group * kv_block * size))
     together = max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= fits)
@@ -166,7 +165,7 @@ def _some_pairs(
         jnp.where(taken[:, None, :, None], jnp.take_along_axis(x, index[:, None, :, None], axis=2), 0.0)
         for x in (dy, q)
     )
-    keys = _pad(k, 2, wide).reshape(pairs, -1, kv_block, wide)
+    keys = pad(k, 2, wide).reshape(pairs, -1, kv_block, wide)
 
     def over_dim(x: Array, y: Array) -> Array:
         return lax.dot_general(x, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
@@ -178,7 +177,7 @@ def _some_pairs(
         return x.reshape(pairs, rows, -1, kv_block)
 
     def over_keys(x: Array) -> Array:
-        return _left_deep(tree_sum(by_key_block(x)), axis=2)[..., None]
+        return left_deep(tree_sum(by_key_block(x)), axis=2)[..., None]
 
     def by_key(x: Array) -> Array:
         # Behind a barrier: XLA folds a transpose into the dot, which then takes a path with another order.
@@ -195,11 +194,11 @@ def _some_pairs(
         p = jnp.where(visible, quotient(weights, over_keys(weights)), 0.0)
         dp = jnp.where(visible, over_dim(dy_block.reshape(pairs, rows, dim), v), 0.0)
         ds = product(p, dp - over_keys(product(p, dp)))
-        dq_block = _left_deep(over_block(by_key_block(ds).swapaxes(1, 2), keys), axis=1)
+        dq_block = left_deep(over_block(by_key_block(ds).swapaxes(1, 2), keys), axis=1)
         dq_block = dq_block.reshape(pairs, group, kv_block, wide)
         dq = lax.dynamic_update_slice_in_dim(dq, dq_block, number * kv_block, axis=2)
-        dk = dk + over_block(by_key(ds), _pad(q_block, 3, wide))
-        dv = dv + over_block(by_key(p), _pad(dy_block, 3, wide))
+        dk = dk + over_block(by_key(ds), pad(q_block, 3, wide))
+        dv = dv + over_block(by_key(p), pad(dy_block, 3, wide))
         return dq, dk, dv
 
     used = (jnp.max(before) + queries + kv_block - 1) // kv_block

@@ -25,10 +25,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir.dialects import math as mlir_math
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import exact
+from tbik_jax.kernels.attention.hopper.formula import fma, full
 
 Array = jax.Array
 Ref = Any
@@ -188,33 +188,19 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 # Steps that the kernels share ----------------------------------------------------------------------------------------
 
 
-def _fma(a: Any, b: Any, c: Any, layout: Any) -> Any:
-    """``a * b + c``, rounded once, whatever the compiler would have contracted."""
-
-    @plgpu.inline_mgpu(arg_types=(layout,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.float32, layout=layout))
-    def f(ctx, a, b, c):
-        return a._pointwise(lambda x, y, z: mlir_math.fma(x, y, z), b, c)
-
-    return f(a, b, c)
-
-
-def _full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
 def _zeros(rows: int, columns: int) -> Any:
-    return _full((rows, columns), 0.0, WGMMA)
+    return full((rows, columns), 0.0, WGMMA)
 
 
 def _finish(acc: Any, factor: float, dtype: Any) -> Any:
     """``acc * factor``, rounded once; adding +0 makes every zero positive."""
-    return _fma(acc, _full(acc.shape, factor, WGMMA), _zeros(*acc.shape), WGMMA).astype(dtype)
+    return fma(acc, full(acc.shape, factor, WGMMA), _zeros(*acc.shape), WGMMA).astype(dtype)
 
 
 def _weights(scores: Any, lse: Any, axis: int, scale: float, first_query: Any, first_key: Any, masked: bool) -> Any:
     """``exp2(scores * scale * log2(e) - lse)``; queries lie along ``axis``."""
     lse = lax.broadcast_in_dim(lse, scores.shape, [axis])
-    p = jnp.exp2(_fma(scores, _full(scores.shape, scale * math.log2(math.e), WGMMA), -lse, WGMMA))
+    p = jnp.exp2(fma(scores, full(scores.shape, scale * math.log2(math.e), WGMMA), -lse, WGMMA))
     if masked:
         query = plgpu.broadcasted_iota(i32, scores.shape, axis, layout=WGMMA) + first_query
         key = plgpu.broadcasted_iota(i32, scores.shape, 1 - axis, layout=WGMMA) + first_key
@@ -280,10 +266,10 @@ def _feed_queries(
     def load(at, _):
         slot = lax.rem(at, i32(stages))
         row, head, queries = place(at)
-        for tiles, numbers, tile_slots, number_slots, full, free in streams:
+        for tiles, numbers, tile_slots, number_slots, filled, free in streams:
             _wait_from(stages, at, free.at[slot])
-            plgpu.copy_gmem_to_smem(tiles.at[row, queries, head], tile_slots.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(numbers.at[row, head, queries], number_slots.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(tiles.at[row, queries, head], tile_slots.at[slot], filled.at[slot])
+            plgpu.copy_gmem_to_smem(numbers.at[row, head, queries], number_slots.at[slot], filled.at[slot])
         return _
 
     lax.fori_loop(0, steps, load, None)
@@ -327,7 +313,7 @@ def _delta(dy: Array, y: Array, length: int) -> Array:
         plgpu.barrier_wait(full)
         a, b = (plgpu.load(smem, layout=WGMMA).astype(jnp.float32) for smem in (dy_smem, y_smem))
         # Products of two numbers of 8 or 11 bits are exact, and as fmas no addition contracts with them.
-        out_smem[...] = _fma(a, b, _zeros(ROWS, dim), WGMMA).sum(axis=1)
+        out_smem[...] = fma(a, b, _zeros(ROWS, dim), WGMMA).sum(axis=1)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[row, head, pl.ds(block * ROWS, ROWS)])
         plgpu.wait_smem_to_gmem(0)
