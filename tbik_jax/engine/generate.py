@@ -99,7 +99,9 @@ class Generator:
                 )
         if pack and not emulate:
             model.pack(mesh)
-        if (jax.default_backend() == "gpu") if unroll is None else unroll:
+        if unroll is None:  # emulated ranks copy their slices anyway
+            unroll = jax.default_backend() == "gpu" and not emulate
+        if unroll:
             model.unstack(mesh)
         self._stacked, self._emulated = isinstance(model.blocks, Block), emulate
         self.config, self.numerics, self.mesh = model.config, model.numerics, mesh
