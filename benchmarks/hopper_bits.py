@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from tbik_jax.numerics import Numerics
 from tbik_jax.testing import digest
 
 LENGTHS = (5, 140, 601)
-NEW = 6
+#: Tokens of the prompt that is continued in batches of several sizes, and how many more.
+PROMPT, NEW = 140, 6
 #: Of qwen3, less than the real one: the logits of all positions go to the host.
 _VOCABULARY = 16384
 
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tree", default="2")
     parser.add_argument("--ranks", default="2,3,4,8")
+    parser.add_argument("--chunks", default="1,7,64,256")
+    parser.add_argument("--batches", default="1,3,17,64")
     parser.add_argument("--sides", default="invariant,plain")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -54,7 +57,7 @@ def main() -> None:
         prompts = [np.random.default_rng([i, n]).integers(0, vocabulary, n).tolist() for i, n in enumerate(LENGTHS)]
         for side in options.sides.split(","):
             numerics = Numerics.invariant(contract) if side == "invariant" else Numerics.plain(contract)
-            found = digests(make, numerics, prompts, [int(r) for r in options.ranks.split(",")], options.threads)
+            found = digests(make, numerics, prompts, options)
             row = {
                 "model": name,
                 "numerics": side,
@@ -68,8 +71,6 @@ def main() -> None:
                 "commit": _commit(),
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
-            for way, value in found.items():
-                print(f"    {value[:300]:20.20}  {way}", flush=True)
             print(
                 f"[{time.perf_counter() - begin:5.0f} s] {name} {side}: all positions {row['digests_of_all_positions']} digests, "
                 f"continuations {row['digests_of_continuations']}",
@@ -107,45 +108,41 @@ def source(name: str, options: argparse.Namespace) -> tuple[Callable[..., Genera
 
 
 def digests(
-    make: Callable[..., Generator], numerics: Numerics, prompts: list[list[int]], ranks: list[int], threads: int
+    make: Callable[..., Generator], numerics: Numerics, prompts: list[list[int]], options: argparse.Namespace
 ) -> dict[str, str]:
     """The digest of every way; an error's text where there is none."""
     one = make(numerics)
 
-    def all_positions(logits: list[np.ndarray]) -> str:
-        return digest(*logits)
+    def emulated(ranks: int) -> str:
+        return digest(*make(numerics, ranks).score(prompts))
 
-    def emulated(count: int) -> Callable[[], str]:
-        return lambda: all_positions(make(numerics, count).score(prompts))
+    def chunks(size: int) -> str:
+        return digest(*one.score_in_chunks(prompts, size))
 
-    def chunks(size: int) -> Callable[[], str]:
-        return lambda: all_positions(one.score_in_chunks(prompts, size))
+    def batch(size: int) -> str:
+        """One prompt's continuation, others of many lengths beside it."""
+        prompt = prompts[-1][:PROMPT]
+        others = [prompt[: 3 + 7 * i % PROMPT] for i in range(1, size)]
+        return digest(one.generate([prompt, *others], NEW, with_logits=True)[0].logits)
 
-    def batch(size: int) -> Callable[[], str]:
-        def run() -> str:
-            """The continuations of all prompts, in batches that other prompts fill."""
-            found = hashlib.sha256()
-            others = [prompt[: 3 + i % 40] for i, prompt in enumerate(prompts[1:] * size)]
-            for prompt in prompts:
-                result = one.generate([prompt, *others[: size - 1]], NEW, with_logits=True)[0]
-                found.update(digest(result.logits).encode())
-            return found.hexdigest()
+    ways: dict[str, Callable[[], str]] = {"one forward": lambda: digest(*one.score(prompts))}
+    for label, run, sizes in (
+        ("{} ranks", emulated, options.ranks),
+        ("chunks of {}", chunks, options.chunks),
+        ("batch of {}", batch, options.batches),
+    ):
+        ways |= {label.format(size): partial(run, int(size)) for size in sizes.split(",") if size}
 
-        return run
-
-    ways: dict[str, Callable[[], str]] = {"one forward": lambda: all_positions(one.score(prompts))}
-    ways |= {f"{count} ranks": emulated(count) for count in ranks}
-    ways |= {f"chunks of {size}": chunks(size) for size in (1, 7, 64, 256)}
-    ways |= {f"batch of {size}": batch(size) for size in (1, 3, 17, 64)}
-
-    def guarded(way: Callable[[], str]) -> str:
+    def guarded(name: str) -> str:
         try:
-            return way()
+            found = ways[name]()
         except Exception as error:  # one way that fails must not hide the others
-            return f"{type(error).__name__}: {error}"[:2000]
+            found = f"{type(error).__name__}: {error}"[:2000]
+        print(f"    {found:24.24}  {numerics.kind}, {name}", flush=True)
+        return found
 
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(ways, pool.map(guarded, ways.values()), strict=True))
+    with ThreadPoolExecutor(options.threads) as pool:
+        return dict(zip(ways, pool.map(guarded, ways), strict=True))
 
 
 if __name__ == "__main__":
