@@ -68,6 +68,27 @@ def _mark(same: bool | None) -> str:
     return "-" if same is None else "yes" if same else "no"
 
 
+def whole_model() -> str:
+    """Invariant time over plain time on a GPU: of every work and numerics the newest row that has them."""
+    rows = [json.loads(line) for line in (ROWS / "hopper_model.jsonl").read_text(encoding="utf-8").splitlines()]
+    sides = {"chain": "`tree=(8,)`", "balanced": "`tree=(2,)`"}
+    lines = [f"| work | plain | {' | '.join(sides.values())} |", "|---|---|---|---|"]
+    used = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        newest = {side: [row for row in rows if row["work"] == work and f"{side}_ms" in row][-1] for side in sides}
+        used += newest.values()
+        cells = [f"{newest['chain']['plain_ms']:.1f} ms"]
+        cells += [
+            f"{row[f'{side}_ms'] / row['plain_ms']:.2f} ({row[f'{side}_ms']:.1f} ms)" for side, row in newest.items()
+        ]
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    found = dict.fromkeys(
+        f"{row['layers']} layers, {row['dtype']}, {row['device']}, jax {row['jax']}, commit {row['commit']}"
+        for row in used
+    )
+    return "\n".join([*lines, "", f"{used[0]['model']}: {'; '.join(found)}."])
+
+
 def hopper_rows(path: Path) -> list[dict[str, Any]]:
     """The newest row of every product on every device; none if there is no such file."""
     if not path.exists():
@@ -156,7 +177,7 @@ def hopper_page(rows: list[dict[str, Any]]) -> str:
 
 def written(text: str, hopper_from: Path = HOPPER_ROWS) -> str:
     """README.md with the tables that the rows give."""
-    for name, table in (("verified", verified()), ("cost", cost())):
+    for name, table in (("verified", verified()), ("cost", cost()), ("model", whole_model())):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
         if count != 1:
