@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, Tree
-from tbik_jax.dense import column_parallel, make_dot_general, pack, row_parallel
+from tbik_jax.dense import column_parallel, column_parallel_parts, make_dot_general, pack, row_parallel
 from tbik_jax.kernels.matmul import cpu, spec
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import schedule
@@ -553,3 +553,35 @@ def test_a_dot_general_that_is_no_linear_layer(lhs, rhs, dimensions, options, me
     with pytest.raises(NotImplementedError, match=r"^dense\.dot_general: ") as error:
         make_dot_general(CONTRACT)(jnp.ones(lhs), jnp.ones(rhs), dimensions, **options)
     assert message in str(error.value)
+
+
+# Projections side by side ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_projections_side_by_side_are_those_alone(rng, packed, biased):
+    x = jnp.asarray(rng.standard_normal((2, 5, 70)), jnp.bfloat16)
+    parts = 33, 8, 1
+    w = [jnp.asarray(rng.standard_normal((n, 70)), jnp.bfloat16) for n in parts]
+    biases = [jnp.asarray(rng.standard_normal(n), jnp.bfloat16) for n in parts] if biased else None
+    joint = jnp.concatenate(w)[None]
+    found = column_parallel_parts(x, pack(joint) if packed else joint, parts, biases)
+    for i, y in enumerate(found):
+        alone = column_parallel(x, w[i], biases[i] if biases else None, axis_name=None, contract=Contract(), leaves=1)
+        assert_bitwise_equal(y, alone, f"projection {i}")
+
+
+def test_projections_side_by_side_refuse_what_does_not_fit():
+    x, w = jnp.ones((2, 8)), jnp.ones((1, 5, 9))
+    with pytest.raises(ValueError, match="column_parallel_parts: 3 problems") as error:
+        column_parallel_parts(x, w, (2, 2), [jnp.ones(2)])
+    for message in (
+        "x has K = 8, w has K = 9",
+        "parts (2, 2) make 4 columns, w has 5",
+        "give one bias per part, or none",
+    ):
+        assert message in str(error.value)
+    with pytest.raises(NotImplementedError, match="projections side by side are for inference"):
+        jax.grad(lambda x: column_parallel_parts(x, jnp.ones((1, 5, 8)), (2, 3))[0].sum())(x)

@@ -225,6 +225,19 @@ def multiply(spec: str, nodes: Any, dtype: Any = jnp.float32, tiles: Any = None)
 
 @on_the_card
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 100, 300])
+def test_parts_are_those_of_the_whole(rng, m):
+    """Few rows: one kernel writes them apart. Many: a kernel each."""
+    x, w = operands(rng, (m, 1, 320), (1, 1601, 320), "bfloat16")
+    nodes = leaf_nodes(1)
+    whole = multiply("mlk,lnk->mn", nodes)(x, w)
+    for parts in ((1000, 600, 1), (1024, 577)):
+        found = jax.jit(partial(hopper.products, "mlk,lnk->mn", nodes=nodes, parts=parts, dtype=jnp.float32))(x, w)
+        assert_bitwise_equal(jnp.concatenate(found, axis=1), whole, str(parts))
+
+
+@on_the_card
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("spec, a, b", SPECS)
 def test_every_layout_is_the_tree_over_leaf_products(rng, spec, a, b, dtype):
