@@ -81,7 +81,7 @@ def _drawn(
 
     def one(key: Array) -> Array:
         raw = jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), of_one, jnp.uint32)
-        x = product((raw >> 9).astype(jnp.float32) - np.float32(2**22 - 0.5), np.float32(spread * 2.0**-23))
+        x = product((raw >> 9).astype(jnp.float32) - np.float32(2**22 - 0.5), float(np.float32(spread * 2.0**-23)))
         x = cast(x + middle, parameter.dtype)
         if origin.cut == "whole":
             return x

@@ -31,14 +31,14 @@ class KVCache(NamedTuple):
     ``[layers, B, kv_slots, S, D]`` of all layers, or ``[B, kv_slots, S, D]`` of each where the model's layers are apart.
     """
 
-    k: Array | tuple[Array, ...]
-    v: Array | tuple[Array, ...]
+    k: Any
+    v: Any
 
     @staticmethod
     def spec(*, stacked: bool = True) -> KVCache:
         """How the cache lies on a mesh of (DATA, TENSOR)."""
         spec = P(None, DATA, TENSOR) if stacked else P(DATA, TENSOR)
-        return KVCache(spec, spec)  # type: ignore[arg-type]
+        return KVCache(spec, spec)
 
 
 class Block(nnx.Module):
@@ -221,7 +221,9 @@ class Transformer(nnx.Module):
             rest = P(*spec[1:])
             cut = jax.jit(jax.shard_map(lambda x: [*x], mesh=mesh, in_specs=spec, out_specs=rest))
             apart.append([variable.replace(x, spec=rest) for x in cut(variable[...])])
-        self.blocks = nnx.List([nnx.merge(graph, structure.unflatten(layer)) for layer in zip(*apart, strict=True)])
+        self.blocks = nnx.List(
+            [nnx.merge(graph, jax.tree.unflatten(structure, layer)) for layer in zip(*apart, strict=True)]
+        )
 
     def __call__(
         self, tokens: Array, positions: Array, cache: KVCache | None = None, *, only: Array | None = None
@@ -265,14 +267,15 @@ class Transformer(nnx.Module):
     def _unrolled(
         self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        graph, _ = nnx.split(self.blocks[0])
+        blocks: Any = self.blocks
+        graph, _ = nnx.split(blocks[0])
 
         @jax.jit  # traced once: the layers have the same shapes
         def one(state: Any, x: Array, rotary: Any, positions: Array, cache: KVCache | None) -> Any:
             return nnx.merge(graph, state)(self.numerics, x, rotary, positions, cache, None)
 
         caches = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             of_layer = None if cache is None else KVCache(cache.k[i], cache.v[i])
             x, of_layer = one(nnx.split(block)[1], x, rotary, positions, of_layer)
             caches.append(of_layer)

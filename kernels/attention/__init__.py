@@ -283,8 +283,8 @@ def _backward(options: _Options, saved: tuple[Array, ...], dy: Array) -> tuple[A
         run = partial(attention_backward, scale=options.scale)
         run_one = one_by_one(lambda dy, q, k, v, y, lse, offset: run(dy, q, k, v, y, lse, offset=offset))
         gradients = run_one(dy.astype(q.dtype), q, k, v, y, lse, positions[:, 0])
-        gradients = tuple(vary_like(g, q, k, v, dy) for g in gradients)
-    return (*gradients, None, None, None)
+    dq, dk, dv = (vary_like(g, q, k, v, dy) for g in gradients)
+    return dq, dk, dv, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -293,7 +293,7 @@ class _Turns:
         pl.when(self.wg == 0)(self.swap)
 
 
-def _walk(low: Any, middle: Any, high: Any, first: Callable, second: Callable, state: Any) -> Any:
+def _walk(low: Any, middle: Any, high: Any, first: Callable[..., Any], second: Callable[..., Any], state: Any) -> Any:
     middle = jnp.clip(middle, low, high)
     state = lax.fori_loop(low, middle, first, state)
     return lax.fori_loop(middle, high, second, state)
