@@ -3,7 +3,8 @@
 python benchmarks/readme.py            # rewrite them
 python benchmarks/readme.py --check    # fail if they are not what the rows say
 
-Rows of Hopper GPUs are those of `tbik-jax bench --output`. Without any there is neither a section on Hopper nor its page.
+Rows of Hopper GPUs are those of `tbik-jax bench --output`, and of hopper_stages.py and hopper_attention.py. Without any of the
+first there is neither a section on Hopper nor its page.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 README = HERE.parent / "README.md"
 HOPPER_ROWS = ROWS / "hopper_matmul.jsonl"
+STAGE_ROWS = ROWS / "hopper_stages.jsonl"
+ATTENTION_ROWS = ROWS / "hopper_attention.jsonl"
 HOPPER_PAGE = HERE.parent / "docs" / "hopper.md"
 
 
@@ -90,16 +94,17 @@ def whole_model() -> str:
 
 
 def hopper_rows(path: Path) -> list[dict[str, Any]]:
-    """The newest row of every product on every device; none if there is no such file."""
+    """The newest row of everything that was measured on every device; none if there is no such file."""
     if not path.exists():
         return []
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     identity = ("device", "dtype", "suite", "model", "product", "tp", "m", "n", "k", "leaves", "tree")
+    identity += ("stage", "shape", "batch", "keys", "heads", "kv_heads", "head_dim", "at_once")
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "error" in row:
             raise SystemExit(f"{path.name} has a row that failed: {line[:200]}")
-        rows[tuple(row[key] for key in identity)] = row
+        rows[tuple(str(row.get(key)) for key in identity)] = row
     return list(rows.values())
 
 
@@ -127,7 +132,10 @@ def hopper(rows: list[dict[str, Any]]) -> str:
 
 
 def _measured_on(rows: list[dict[str, Any]]) -> str:
-    found = (f"{row['device']}, jax {row['jax']}, CUDA {row['cuda']}, commit {row['commit']}" for row in rows)
+    found = []
+    for row in rows:
+        cuda = f"CUDA {row['cuda']}, " if row.get("cuda") else ""
+        found.append(f"{row['device']}, jax {row['jax']}, {cuda}commit {row['commit']}")
     baselines = ", ".join(sorted({row["baseline"] for row in rows}))
     return f"Baseline: {baselines}. Measured on {'; '.join(dict.fromkeys(found))}."
 
@@ -143,36 +151,97 @@ def hopper_section(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def hopper_page(rows: list[dict[str, Any]]) -> str:
+def hopper_page(
+    rows: list[dict[str, Any]], of_stages: Sequence[dict[str, Any]] = (), of_attention: Sequence[dict[str, Any]] = ()
+) -> str:
     """Every row, as a page of its own."""
     lines = [
-        "# Matrix products on Hopper",
+        "# Measured on Hopper",
         "",
-        "Written by `python benchmarks/readme.py` from `benchmarks/rows/hopper_matmul.jsonl`, which `tbik-jax bench` "
-        "measured.",
-        "Times are medians in microseconds, with their quartiles; *ratio* is the baseline's time over ours. Products of few",
-        "tokens are measured over so many copies of their operands that weights come from memory.",
+        "Written by `python benchmarks/readme.py` from `benchmarks/rows/hopper_*.jsonl`. Times are medians in microseconds of",
+        "what the kernels take, with their quartiles (rows without come from forerunners of the scripts named here); *ratio*",
+        "is the baseline's time over ours (1.00 is equal, more is faster).",
+        *(stages(of_stages) if of_stages else ()),
+        *(attention(of_attention) if of_attention else ()),
+        "",
+        "## Matrix products",
+        "",
+        "From `tbik-jax bench`. Products of few tokens are measured over so many copies of their operands that weights",
+        "come from memory.",
         "",
         _measured_on(rows),
     ]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         lines += [
             "",
-            f"## {suite}",
+            f"### {suite}",
             "",
             "| model | product | tp | m | n | k | leaves | tree | dtype | ours | baseline | ratio | TFLOP/s | GB/s | bits |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in (row for row in rows if row["suite"] == suite):
-            times = [
-                f"{row[f'{side}_us']:.1f} ({row[f'{side}_spread_us'][0]:.1f} to {row[f'{side}_spread_us'][1]:.1f})"
-                for side in ("ours", "baseline")
-            ]
             what = [str(row[key]) for key in ("model", "product", "tp", "m", "n", "k", "leaves", "tree", "dtype")]
             bits = row["bits"] if row["bits"] == "equal" else f"{100 * row['bits']:.3g}% differ"
             speeds = [f"{row['ratio']:.3f}", f"{row['ours_tflops']:.1f}", f"{row['ours_gbs']:.0f}", bits]
-            lines.append(f"| {' | '.join([*what, *times, *speeds])} |")
+            lines.append(f"| {' | '.join([*what, *_times(row), *speeds])} |")
     return "\n".join(lines) + "\n"
+
+
+def stages(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Stages between the products",
+        "",
+        "From `benchmarks/hopper_stages.py`. *of copy*: bandwidth over that of a copy, ours and the baseline's, where the",
+        "operands are more than the L2 cache holds; bytes are those of operands and results, each once.",
+        "",
+        _measured_on(rows),
+        "",
+        "| stage | pass | operand | dtype | ours | baseline | ratio | of copy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        what = [row["stage"], row["suite"], " x ".join(map(str, row["shape"])), row["dtype"]]
+        cells = [*what, *_times(row), f"{row['ratio']:.2f}", _of_copy(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def attention(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Attention",
+        "",
+        "From `benchmarks/hopper_attention.py`; causal. *of copy*: the bandwidth at which keys and values are read, over",
+        "that of a copy.",
+        "",
+        _measured_on(rows),
+        "",
+        "| what | batch | keys | heads | dtype | ours | baseline | ratio | TFLOP/s | of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = row["suite"] + (", at once" if row.get("at_once") else "")
+        heads = f"{row['heads']} / {row['kv_heads']} of {row['head_dim']}"
+        what = [name, str(row["batch"]), str(row["keys"]), heads, row["dtype"]]
+        speed = f"{row['ours_tflops']:.0f}" if "ours_tflops" in row else "-"
+        cells = [*what, *_times(row), f"{row['ratio']:.3f}", speed, _of_copy(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    """Ours and the baseline's."""
+    found = []
+    for side in ("ours", "baseline"):
+        low, high = row.get(f"{side}_spread_us", (None, None))
+        spread = "" if low is None else f" ({low:.1f} to {high:.1f})"
+        found.append(f"{row[f'{side}_us']:.1f}{spread}")
+    return found
+
+
+def _of_copy(row: dict[str, Any]) -> str:
+    return f"{row['of_copy']:.2f}, {row['baseline_of_copy']:.2f}" if "of_copy" in row else "-"
 
 
 def written(text: str, hopper_from: Path = HOPPER_ROWS) -> str:
@@ -205,7 +274,7 @@ def pages() -> dict[Path, str]:
     found = {README: written(README.read_text(encoding="utf-8"))}
     rows = hopper_rows(HOPPER_ROWS)
     if rows:
-        found[HOPPER_PAGE] = hopper_page(rows)
+        found[HOPPER_PAGE] = hopper_page(rows, hopper_rows(STAGE_ROWS), hopper_rows(ATTENTION_ROWS))
     elif HOPPER_PAGE.exists():
         raise SystemExit(f"docs/{HOPPER_PAGE.name} has no {HOPPER_ROWS.name} that it could come from")
     return found

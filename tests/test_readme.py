@@ -97,3 +97,30 @@ def test_rows_of_a_hopper_gpu_become_a_section_and_a_page(tmp_path):
     path.write_text(json.dumps({"error": "no"}) + "\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="a row that failed"):
         module.written(text, path)
+
+
+@pytest.mark.skipif(not README.is_file(), reason="the README is not beside the tests")
+def test_stages_and_attention_have_tables_on_the_page():
+    module = generator()
+    common = {
+        "ours_us": 20.0,
+        "baseline_us": 10.0,
+        "ratio": 0.5,
+        "device": "NVIDIA H100",
+        "jax": "0.11.2",
+        "commit": "abc",
+    }
+    stage = {
+        "suite": "forward", "stage": "norm", "tokens": 64, "shape": [64, 4096], "dtype": "bfloat16", "baseline": "XLA",
+        "ours_spread_us": [19.0, 21.0], "of_copy": 0.9, "baseline_of_copy": 0.8, **common,
+    }  # fmt: skip
+    attention = {
+        "suite": "backward", "batch": 2, "keys": 8192, "at_once": True, "heads": 32, "kv_heads": 8, "head_dim": 128,
+        "dtype": "bfloat16", "baseline": "cuDNN", "ours_tflops": 500.4, **common,
+    }  # fmt: skip
+    page = module.hopper_page([hopper_row()], [stage], [attention])
+    assert "| norm | forward | 64 x 4096 | bfloat16 | 20.0 (19.0 to 21.0) | 10.0 | 0.50 | 0.90, 0.80 |" in page
+    assert "| backward, at once | 2 | 8192 | 32 / 8 of 128 | bfloat16 | 20.0 | 10.0 | 0.500 | 500 | - |" in page
+    assert "Baseline: cuDNN. Measured on NVIDIA H100, jax 0.11.2, commit abc." in page
+    without = module.hopper_page([hopper_row()])
+    assert "## Attention" not in without and "## Stages" not in without
