@@ -68,13 +68,13 @@ def main() -> None:
     begin = time.perf_counter()
     common = surroundings()
     say(f"{common['device']}, {options.processes} processes, jax {jax.__version__}")
-    with Rows(options.out, common) as rows:
-        for section in options.sections.split(","):
-            for row in {"collectives": collectives, "bits": bits, "model": model}[section](sizes, options):
-                rows.add(section, row)
-            say(f"[{time.perf_counter() - begin:.0f} s] {section} done")
-        if not rows.hold:
-            raise SystemExit(1)
+    rows = Rows(options.out, common)
+    for section in options.sections.split(","):
+        for row in {"collectives": collectives, "bits": bits, "model": model}[section](sizes, options):
+            rows.add(section, row)
+        say(f"[{time.perf_counter() - begin:.0f} s] {section} done")
+    if not rows.hold:
+        raise SystemExit(1)
 
 
 def say(text: str) -> None:
@@ -101,12 +101,6 @@ class Rows:
 
     def __init__(self, path: Path | None, common: dict[str, Any]) -> None:
         self.path, self.common, self.hold = path, common, True
-
-    def __enter__(self) -> Rows:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        return None
 
     def add(self, section: str, row: dict[str, Any]) -> None:
         """One more."""
@@ -151,17 +145,15 @@ def collectives(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[d
             for scatter in (False, True):
                 base: float | None = None
                 for algorithm in ("psum", *ALGORITHMS):
-                    yield from _one_collective(mesh, x, ranks, n, scatter, algorithm, base, options)
+                    row = _one_collective(mesh, x, ranks, n, scatter, algorithm, base, options)
                     if algorithm == "psum":
-                        base = _last["us"]
-
-
-_last: dict[str, float] = {}
+                        base = row["us"]
+                    yield row
 
 
 def _one_collective(
     mesh: Mesh, x: Any, ranks: int, n: int, scatter: bool, algorithm: str, base: float | None, options: Any
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     from tbik_jax import Tree, tree_psum, tree_psum_scatter
 
     tree, name = Tree(ranks), "scatter" if scatter else "sum"
@@ -198,14 +190,13 @@ def _one_collective(
             jax.block_until_ready(run(x))
             times.append(1e6 * (time.perf_counter() - start) / _CHAIN)
         row["us"] = round(statistics.median(times), 2)
-        _last["us"] = row["us"]
         if base is not None:
             row["over_psum"] = round(row["us"] / base, 3)
             result = compiled(once, P("tp") if scatter else P(None))(x)
             row["bits"] = "equal" if _is_tree_sum(result, x, tree, scatter) else "DIFFERENT"
     except ValueError as error:  # an algorithm that this mesh cannot run
         row["refused"] = str(error).splitlines()[-1].strip()[:120]
-    yield row
+    return row
 
 
 def _is_tree_sum(result: Any, x: Any, tree: Any, scatter: bool) -> bool:
