@@ -3,7 +3,7 @@
     python benchmarks/hopper_attention.py [--suites prefill,decode,backward] [--out benchmarks/rows/hopper_attention.jsonl]
 
 Heads are Qwen3-8B's. Each side has keys and values in the layout that it likes best; cuDNN decodes from the same cache, which
-takes turns with others so that it comes from memory. Gradients: ours by two kernels, and all by one (``at_once``).
+takes turns with others so that it comes from memory.
 """
 
 from __future__ import annotations
@@ -109,22 +109,18 @@ def backward() -> list[Case]:
         _, pull = jax.vjp(cudnn, q, k.swapaxes(1, 2), v.swapaxes(1, 2))
         return *normal(second, [y]), q, k, v, y, lse, jnp.zeros(batch, jnp.int32), pull
 
-    def ours(dy, q, k, v, y, lse, offset, pull, *, at_once: bool) -> Any:
-        return attention_backward(dy, q, k, v, y, lse, offset=offset, scale=SCALE, at_once=at_once)
+    def ours(dy, q, k, v, y, lse, offset, pull) -> Any:
+        return attention_backward(dy, q, k, v, y, lse, offset=offset, scale=SCALE)
 
     return [
         Case(
-            row("backward", batch, tokens, at_once=at_once),
+            row("backward", batch, tokens),
             partial(draw, batch=batch, tokens=tokens),
-            partial(ours, at_once=at_once),
+            ours,
             lambda dy, *others: others[-1](dy),
             "cuDNN",
             flop=5 * product_flop(batch, tokens),
         )
-        for at_once in (
-            False,
-            True,
-        )  # blocks of `at_once` wait for each other: should they ever hang, all else is known
         for batch, tokens in SEQUENCES
     ]
 

@@ -99,7 +99,7 @@ def hopper_rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     identity = ("device", "dtype", "suite", "model", "product", "tp", "m", "n", "k", "leaves", "tree")
-    identity += ("stage", "shape", "batch", "keys", "heads", "kv_heads", "head_dim", "at_once")
+    identity += ("stage", "shape", "batch", "keys", "heads", "kv_heads", "head_dim")
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "error" in row:
@@ -221,9 +221,8 @@ def attention(rows: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = row["suite"] + (", at once" if row.get("at_once") else "")
         heads = f"{row['heads']} / {row['kv_heads']} of {row['head_dim']}"
-        what = [name, str(row["batch"]), str(row["keys"]), heads, row["dtype"]]
+        what = [row["suite"], str(row["batch"]), str(row["keys"]), heads, row["dtype"]]
         speed = f"{row['ours_tflops']:.0f}" if "ours_tflops" in row else "-"
         cells = [*what, *_times(row), f"{row['ratio']:.3f}", speed, _of_copy(row)]
         lines.append(f"| {' | '.join(cells)} |")

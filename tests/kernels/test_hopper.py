@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from functools import partial
 from typing import Any
 
@@ -209,6 +210,8 @@ SPECS = [
     ("mlk,lkn->mn", (300, 8, 96), (8, 96, 576)),
     ("mk,bkn->mbn", (300, 448), (8, 448, 72)),
     ("lkm,lkbn->bmn", (4, 129, 448), (4, 129, 8, 72)),
+    ("lkm,lkbn->bnm", (4, 129, 448), (4, 129, 8, 72)),
+    ("mlk,nlk->nm", (130, 8, 96), (9, 8, 96)),
     ("mlk,nlk->mn", (65, 16, 64), (450, 16, 64)),
     ("mlk,nlk->mn", (200, 40, 64), (450, 40, 64)),
 ]
@@ -231,7 +234,7 @@ def test_parts_are_those_of_the_whole(rng, m):
     x, w = operands(rng, (m, 1, 320), (1, 1601, 320), "bfloat16")
     nodes = leaf_nodes(1)
     whole = multiply("mlk,lnk->mn", nodes)(x, w)
-    for parts in ((1000, 600, 1), (1024, 577)):
+    for parts in ((1000, 600, 1), (1024, 577), (3, 8, 1590)):
         found = jax.jit(partial(hopper.products, "mlk,lnk->mn", nodes=nodes, parts=parts, dtype=jnp.float32))(x, w)
         assert_bitwise_equal(jnp.concatenate(found, axis=1), whole, str(parts))
 
@@ -277,8 +280,11 @@ def test_rows_and_columns_do_not_see_each_other(rng, arities, dtype):
     whole = np.asarray(multiply("mlk,nlk->mn", root, x.dtype)(x, y))
     for m in (1, 3, 17, 64, 128, 257, 1024):
         assert_bitwise_equal(multiply("mlk,nlk->mn", root, x.dtype)(x[:m], y), whole[:m], f"{m} rows")
-    for n in (1, 9, 200):
-        assert_bitwise_equal(multiply("mlk,nlk->mn", root, x.dtype)(x[:70], y[3 : 3 + n]), whole[:70, 3 : 3 + n])
+    for m, n in itertools.product(
+        (5, 70, 300), (1, 9, 17, 200)
+    ):  # results narrower than a tile, or than one piece of it
+        got = multiply("mlk,nlk->mn", root, x.dtype)(x[:m], y[3 : 3 + n])
+        assert_bitwise_equal(got, whole[:m, 3 : 3 + n], f"{m} rows, {n} columns")
 
 
 @on_the_card
@@ -296,7 +302,7 @@ def test_tiles_and_runs_change_nothing(rng, arities):
         Tiles(128, 4, near=19, turns=True),
         Tiles(64, 3, cluster=2, band=2, turns=True),
         Tiles(48, 2, near=12),
-        Tiles(208, 4, out_slots=13),
+        Tiles(208, 2, out_slots=13),
         SmallTiles(64, True, 64, 3, 8),
         SmallTiles(128, True, 64, 2, 4),
         SmallTiles(16, False, 128, 2, 2),

@@ -1,13 +1,15 @@
 """Gradients of causal grouped-query attention on Hopper GPUs, in an order that positions alone decide.
 
-========= =========================== =====================================================================
-kernel    a block owns                and walks
-========= =========================== =====================================================================
-`delta`   64 queries of a head        nothing: a row sum in the order of the accumulator's layout
-`dkv`     128 keys of a KV head       the query heads of a node, of each the queries from the last to the diagonal
-`dq`      128 queries of a head       the keys from 0 to the diagonal
-`at_once` 128 keys of a KV head       as `dkv`, and adds its shares of dq in device memory when its turn has come
-========= =========================== =====================================================================
+======= =========================== =====================================================================
+kernel  a block owns                and walks
+======= =========================== =====================================================================
+`delta` 64 queries of a head        nothing: a row sum in the order of the accumulator's layout
+`dkv`   128 keys of a KV head       the query heads of a node, of each the queries from the last to the diagonal
+`dq`    128 queries of a head       the keys from 0 to the diagonal
+======= =========================== =====================================================================
+
+Seven products instead of the five of one kernel for all: measured and dropped, that one adds shares of dq in device memory in
+the order of the keys, and waiting for its turn costs more than two products (0.75-0.90 of cuDNN, these two 0.90-1.07).
 
 Tiling and recomputation: FlashAttention-2, arXiv 2307.08691; warpgroups in turns: FlashAttention-3, arXiv 2407.08608.
 """
@@ -27,7 +29,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbik_jax._problems import Problems
-from tbik_jax.kernels import exact
 from tbik_jax.kernels.attention.hopper.formula import fma, full
 
 Array = jax.Array
@@ -71,7 +72,6 @@ def attention_backward(
     offset: Array,
     scale: float,
     heads_per_node: int | None = None,
-    at_once: bool = False,
     settings: Settings = Settings(),
 ) -> tuple[Array, Array, Array]:
     """The gradients of causal attention by ``q``, ``k`` and ``v``; queries of a sequence are at ``offset + 0, 1, 2, ...``
@@ -84,8 +84,8 @@ def attention_backward(
 
     Products are accumulations on the tensor cores, f32 from +0, in steps of 16: over D; over queries in blocks of 64 from the
     sequence's first, the last block first, ascending inside; then the same with the next head, ``heads_per_node`` heads in
-    one accumulation; over keys ascending from 0, in one accumulation, or with ``at_once`` in one for each 128 keys, which are
-    added left-deep. p and ds are rounded to the operands' dtype for them. A zero is +0.
+    one accumulation; over keys ascending from 0, in one accumulation. p and ds are rounded to the operands' dtype for them. A
+    zero is +0.
 
     A *node* is the unit that a mesh may not cut: with the query heads of a KV head on one rank it is the whole group, the
     default, and dk, dv are rounded once and final. Where a mesh cuts a group, ``heads_per_node`` is the number of heads on
@@ -98,7 +98,6 @@ def attention_backward(
         offset: ``[B]`` integers, the position of each sequence's first query; ``offset + T <= S``.
         scale: Factor of the scores.
         heads_per_node: Divides the group ``heads / kv_heads``. Numerics-bearing.
-        at_once: One kernel of five products instead of two of seven; D is 128. Numerics-bearing: another order of dq.
         settings: Performance-only.
 
     Returns:
@@ -112,7 +111,7 @@ def attention_backward(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: other D or dtypes.
     """
-    group = _check(dy, q, k, v, y, lse, offset, heads_per_node, at_once)
+    group = _check(dy, q, k, v, y, lse, offset, heads_per_node)
     per_node = heads_per_node or group
     queries, keys = q.shape[1], k.shape[2]
     dy, q, y = (_pad(x, 1, 8) for x in (dy, q, y))  # TMA on tiled rows wants whole tiles of 8
@@ -122,13 +121,8 @@ def attention_backward(
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, -queries % _PAD)), constant_values=jnp.inf)
     delta = _delta(dy, y, lse.shape[2])
     arguments = dy, q, k, v, lse, delta, offset
-    if at_once:
-        sums, dk, dv = _all_at_once(*arguments, scale=scale, per_node=per_node, settings=settings, queries=queries)
-        sums = exact.product(sums, scale)
-        dq = exact.cast(jnp.where(sums == 0, 0.0, sums), q.dtype)
-    else:
-        dq = _dq(*arguments, scale=scale, settings=settings)
-        dk, dv = _dkv(*arguments, scale=scale, per_node=per_node, settings=settings, queries=queries)
+    dq = _dq(*arguments, scale=scale, settings=settings)
+    dk, dv = _dkv(*arguments, scale=scale, per_node=per_node, settings=settings, queries=queries)
     if per_node == group:
         dk, dv = dk[:, :, 0], dv[:, :, 0]
     return dq[:, :queries], dk[..., :keys, :], dv[..., :keys, :]
@@ -143,7 +137,6 @@ def _check(
     lse: Array,
     offset: Array,
     heads_per_node: int | None,
-    at_once: bool,
 ) -> int:
     group = 0
     with Problems("attention_backward") as problems:
@@ -162,8 +155,6 @@ def _check(
             kv_heads = k.shape[1]
             if dim not in (64, 128):
                 problems.unsupported(f"head_dim {dim}; supported are 64 and 128")
-            elif at_once and dim != 128:
-                problems.unsupported(f"head_dim {dim} with at_once; supported is 128")
             problems.check(k.shape[0] == batch, f"q has batch {batch}, k has {k.shape[0]}")
             problems.check(k.shape[3] == dim, f"q has head_dim {dim}, k has {k.shape[3]}")
             problems.check(
@@ -253,26 +244,6 @@ def _add_products(sums: Sequence[Any], *factors: tuple[Any, Ref]) -> tuple[Any, 
 def _wait_from(first: int, at: Any, barrier: Ref) -> None:
     """Slots of a ring are free at the first ``first`` steps."""
     pl.when(at >= first)(lambda: plgpu.barrier_wait(barrier))
-
-
-def _feed_queries(
-    steps: Any, stages: int, place: Callable[[Any], tuple[Any, Any, Any]], *streams: tuple[Ref, ...]
-) -> None:
-    """Fill the ring of `dkv`: 64 queries a step, each with a number (lse or delta).
-
-    ``place`` gives a step's sequence, head and queries; ``streams`` are (tiles, numbers, their slots, full, free).
-    """
-
-    def load(at, _):
-        slot = lax.rem(at, i32(stages))
-        row, head, queries = place(at)
-        for tiles, numbers, tile_slots, number_slots, filled, free in streams:
-            _wait_from(stages, at, free.at[slot])
-            plgpu.copy_gmem_to_smem(tiles.at[row, queries, head], tile_slots.at[slot], filled.at[slot])
-            plgpu.copy_gmem_to_smem(numbers.at[row, head, queries], number_slots.at[slot], filled.at[slot])
-        return _
-
-    lax.fori_loop(0, steps, load, None)
 
 
 class _Turns:
@@ -444,17 +415,21 @@ def _dkv(
             for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
                 plgpu.copy_gmem_to_smem(gmem.at[row, kv, pl.ds(first_key, 2 * ROWS)], smem, kv_full)
 
-            def place(at):
-                block = blocks - 1 - lax.rem(at, steps)
-                return row, first_head + lax.div(at, steps), pl.ds(block * ROWS, ROWS)
-
-            _feed_queries(
-                per_node * steps,
-                stages,
-                place,
+            streams = (
                 (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
                 (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
             )
+
+            def load(at, _):
+                slot, head = lax.rem(at, i32(stages)), first_head + lax.div(at, steps)
+                queries = pl.ds((blocks - 1 - lax.rem(at, steps)) * ROWS, ROWS)
+                for tiles, numbers, tile_slots, number_slots, filled, free in streams:
+                    _wait_from(stages, at, free.at[slot])
+                    plgpu.copy_gmem_to_smem(tiles.at[row, queries, head], tile_slots.at[slot], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(numbers.at[row, head, queries], number_slots.at[slot], filled.at[slot])
+                return _
+
+            lax.fori_loop(0, per_node * steps, load, None)
 
     def entry(*refs):
         pl.run_scoped(
@@ -486,230 +461,6 @@ def _dkv(
         thread_name="wg",
         compiler_params=PARAMS,
     )(q, k, v, dy, lse, delta, offset)
-
-
-# dk, dv and dq in one walk ---------------------------------------------------------------------------------------------
-
-
-def _all_at_once(
-    dy: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    lse: Array,
-    delta: Array,
-    offset: Array,
-    *,
-    scale: float,
-    per_node: int,
-    settings: Settings,
-    queries: int,
-) -> tuple[Array, Array, Array]:
-    """f32 ``dq / scale [B, T, heads, D]``, and ``dk``, ``dv`` as `_dkv`; D is 128.
-
-    A block of 128 keys adds its share of dq to device memory when the block of the keys before has (a counter per 64
-    queries says so), so dq is left-deep over blocks of keys. Queries are walked from the last to the diagonal: then all blocks
-    meet the same queries at about the same time, and the longest, that of the first keys, is also the first in every order.
-    A block waits for blocks of lower number only, which the card starts before it.
-    """
-    batch, rows_of_dq, heads, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    group, dtype, stages = heads // kv_heads, q.dtype, settings.q_stages
-    nodes = group // per_node
-    out_dtype = dtype if nodes == 1 else jnp.float32
-    width = 128 // jnp.dtype(out_dtype).itemsize
-    chains = batch * kv_heads * nodes
-    blocks = pl.cdiv(queries, ROWS)
-    half = dim // 2
-
-    def kernel(q_gmem, k_gmem, v_gmem, dy_gmem, lse_gmem, delta_gmem, offset_gmem, dk_gmem, dv_gmem, dq_gmem, *scratch):
-        (q_smem, dy_smem, k_smem, v_smem, ds_smem, dq_smem, out_smem, lse_smem, delta_smem), barriers = scratch
-        kv_full, q_full, dy_full, q_free, dy_free, ds_full, ds_free, dq_full, dq_free, turn = barriers
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR((batch * heads * blocks,)))
-        item, wg = lax.axis_index("item"), lax.axis_index("wg")
-        tile, chain = lax.div(item, i32(chains)), lax.rem(item, i32(chains))
-        kv, node = lax.div(chain, i32(nodes)), lax.rem(chain, i32(nodes))
-        row, kv = lax.div(kv, i32(kv_heads)), lax.rem(kv, i32(kv_heads))
-        first_head = kv * group + node * per_node
-        first_key = tile * (2 * ROWS)
-        first_query = offset_gmem[row]
-        start = jnp.minimum(lax.div(jnp.maximum(first_key - first_query, 0), i32(ROWS)), blocks)
-        steps = blocks - start  # per head
-        total = per_node * steps
-
-        @pl.when(wg < 2)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            turns = _Turns(turn, wg, settings.dkv_turns)
-            mine = pl.ds(wg * ROWS, ROWS)
-            k_mine, v_mine = k_smem.at[mine], v_smem.at[mine]
-            k_half = k_smem.at[:, pl.ds(wg * half, half)]
-            key = first_key + wg * ROWS
-            plgpu.barrier_wait(kv_full)
-            turns.begin()
-
-            def hand_over(number, part):
-                """The share of dq of step ``number``, to the warpgroup that adds it."""
-
-                _wait_from(1, number, dq_free)
-                dq_smem.at[wg][...] = part
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full)
-
-            def head(number, sums):
-                def step(index, sums, masked):
-                    at = number * steps + index
-                    block = blocks - 1 - index
-                    slot, now, before = lax.rem(at, i32(stages)), lax.rem(at, i32(2)), lax.rem(at + 1, i32(2))
-                    plgpu.barrier_wait(q_full.at[slot])
-
-                    def weigh(scores):
-                        lse = plgpu.load(lse_smem.at[slot], layout=BY_COLUMN)
-                        return _weights(scores, lse, 1, scale, first_query + block * ROWS, key, masked)
-
-                    p, dp = _two_products(
-                        (k_mine, q_smem.at[slot]),
-                        (v_mine, dy_smem.at[slot]),
-                        ready=lambda: plgpu.barrier_wait(dy_full.at[slot]),
-                        issued=turns.swap,
-                        use=weigh,
-                    )
-                    delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
-                    ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
-                    p, ds = lax.optimization_barrier((p.astype(dtype), ds.astype(dtype)))
-                    _wait_from(1, at, ds_free.at[now])
-                    ds_smem.at[now, mine][...] = ds
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(ds_full.at[now])
-                    turns.swap()
-
-                    # dq is a step late: by then the other warpgroup's ds is there too. The first step multiplies what
-                    # nobody reads.
-                    _wait_from(1, at, ds_full.at[before])
-                    dv, dk, part = _add_products(
-                        (*sums, _zeros(ROWS, half)),
-                        (p, dy_smem.at[slot]),
-                        (ds, q_smem.at[slot]),
-                        (ds_smem.at[before].transpose((1, 0)), k_half),
-                    )
-                    plgpu.barrier_arrive(dy_free.at[slot])
-                    plgpu.barrier_arrive(q_free.at[slot])
-                    plgpu.barrier_arrive(ds_free.at[before])
-                    pl.when(at > 0)(lambda: hand_over(at - 1, part))
-                    return dv, dk
-
-                # Queries before this block do not see every key of this warpgroup.
-                whole = lax.div(jnp.maximum(key + (ROWS - 1) - first_query, 0) + (ROWS - 1), i32(ROWS))
-                wholly, partly = (functools.partial(step, masked=masked) for masked in (False, True))
-                return _walk(i32(0), blocks - whole, steps, wholly, partly, sums)
-
-            dv, dk = lax.fori_loop(0, per_node, head, (_zeros(ROWS, dim), _zeros(ROWS, dim)))
-            turns.end()
-
-            @pl.when(total > 0)
-            def _():
-                last = lax.rem(total - 1, i32(2))
-                plgpu.barrier_wait(ds_full.at[last])
-                ds = ds_smem.at[last].transpose((1, 0))
-                (part,) = _add_products((_zeros(ROWS, half),), (ds, k_half))
-                hand_over(total - 1, part)
-
-            for sums, factor, out in ((dk, scale, dk_gmem), (dv, 1.0, dv_gmem)):
-                sums = _finish(sums, factor, out_dtype)
-                for column in range(0, dim, width):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_smem.at[wg][...] = sums[:, column : column + width]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        out_smem.at[wg], out.at[row, kv, node, pl.ds(key, ROWS), pl.ds(column, width)]
-                    )
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == 2)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
-                plgpu.copy_gmem_to_smem(gmem.at[row, kv, pl.ds(first_key, 2 * ROWS)], smem, kv_full)
-
-            def place(at):
-                block = blocks - 1 - lax.rem(at, steps)
-                return row, first_head + lax.div(at, steps), pl.ds(block * ROWS, ROWS)
-
-            _feed_queries(
-                total,
-                stages,
-                place,
-                (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
-                (dy_gmem, delta_gmem, dy_smem, delta_smem, dy_full, dy_free),
-            )
-
-        @pl.when(wg == 3)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-
-            def add(at, _):
-                head = first_head + lax.div(at, steps)
-                block = blocks - 1 - lax.rem(at, steps)
-                counter = done.at[(row * heads + head) * blocks + block]
-                plgpu.semaphore_wait(counter, tile, decrement=False, memory_scope="gpu")
-                plgpu.barrier_wait(dq_full)
-
-                def copy(how):
-                    for number in range(2):
-                        to = dq_gmem.at[row, pl.ds(block * ROWS, ROWS), head, pl.ds(number * half, half)]
-                        plgpu.copy_smem_to_gmem(dq_smem.at[number], to, reduction_op=how)
-
-                pl.when(tile == 0)(lambda: copy(None))
-                pl.when(tile > 0)(lambda: copy("add"))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(dq_free)
-                plgpu.wait_smem_to_gmem(0)
-                plgpu.semaphore_signal(counter, 1, memory_scope="gpu")
-                return _
-
-            lax.fori_loop(0, total, add, None)
-
-    def entry(*refs):
-        pl.run_scoped(
-            lambda *scratch: kernel(*refs, *scratch),
-            (
-                _tile(dtype, stages, ROWS, dim),
-                _tile(dtype, stages, ROWS, dim),
-                _tile(dtype, 2 * ROWS, dim),
-                _tile(dtype, 2 * ROWS, dim),
-                _tile(dtype, 2, 2 * ROWS, ROWS),
-                _tile(jnp.float32, 2, ROWS, half),
-                _tile(out_dtype, 2, ROWS, width),
-                plgpu.SMEM((stages, ROWS), jnp.float32),
-                plgpu.SMEM((stages, ROWS), jnp.float32),
-            ),
-            (
-                plgpu.Barrier(num_arrivals=2),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=2),
-                plgpu.Barrier(num_arrivals=2, num_barriers=2),
-                plgpu.Barrier(num_arrivals=2),
-                plgpu.Barrier(num_arrivals=1),
-                plgpu.Barrier(num_arrivals=2),
-            ),
-            collective_axes="wg",
-        )
-
-    out = jax.ShapeDtypeStruct((batch, kv_heads, nodes, keys, dim), out_dtype)
-    dk, dv, dq = plgpu.kernel(
-        entry,
-        out_type=(out, out, jax.ShapeDtypeStruct((batch, rows_of_dq, heads, dim), jnp.float32)),
-        grid=(chains * pl.cdiv(keys, 2 * ROWS),),
-        kernel_name="attention_gradients",
-        grid_names=("item",),
-        num_threads=4,
-        thread_name="wg",
-        compiler_params=PARAMS,
-    )(q, k, v, dy, lse, delta, offset)
-    return dq, dk, dv
 
 
 # dq ------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,10 @@ def products(
 ) -> tuple[Array, ...]:
     """:func:`product`, its ``n`` cut in ``parts``, each an array of its own: projections that share an input and a weight."""
     of_a, of_b, of_out = _parse(spec)
+    swapped = parts is None and {"m", "n"} <= set(of_out) and of_out.index("n") < of_out.index("m")
+    if swapped:  # results leave the kernel row by row; a product commutes, so that the operands may change places
+        of_a, of_b, of_out = (axes.translate(str.maketrans("mn", "nm")) for axes in (of_b, of_a, of_out))
+        a, b = b, a
     sizes: dict[str, int] = {}
     with Problems("hopper.product") as problems:
         problems.check(
@@ -108,6 +112,9 @@ def products(
         problems.check(a.dtype == b.dtype, f"a is {a.dtype} and b {b.dtype}; cast one of them")
         parts = (sizes.get("n", 0),) if parts is None else tuple(parts)
         problems.check(
+            len(parts) == 1 or of_out[-1] == "n", f"parts of n, which is not the last dimension of {of_out!r}"
+        )
+        problems.check(
             sum(parts) == sizes.get("n", 0) and all(n > 0 for n in parts),
             f"parts {parts} do not make the {sizes.get('n')} columns of b",
         )
@@ -121,26 +128,33 @@ def products(
         if out_dtype.name not in DTYPES:
             problems.unsupported(f"results of {out_dtype}; supported are {', '.join(DTYPES)}")
     if a.dtype == jnp.float32:
-        a, b = split.left(a, of_a.index("k")), split.right(b, of_b.index("k"))
+        left, right = (split.right, split.left) if swapped else (split.left, split.right)
+        a, b = left(a, of_a.index("k")), right(b, of_b.index("k"))
     steps = program(nodes)
     k = a.shape[of_a.index("k")]
-    left, right = Operand(of_a, "m"), Operand(of_b, "n")
+    of_rows, of_columns = Operand(of_a, "m"), Operand(of_b, "n")
     batch = sizes.get("b", 1)
     axes = "s" + of_out
-    problem = Problem(sizes["m"], sizes["n"], k, batch, left, right, axes, a.dtype, out_dtype, steps)
-    a, b = _padded(left, a), _padded(right, b)
+    problem = Problem(sizes["m"], sizes["n"], k, batch, of_rows, of_columns, axes, a.dtype, out_dtype, steps)
+    a, b = _padded(of_rows, a), _padded(of_columns, b)
     blocks = _multiprocessors()
-    if tiles is None and of_out == "mn" and left.k_major and right.k_major and problem.m <= tuning.SMALL_ROWS:
+    if tiles is None and of_out == "mn" and of_rows.k_major and of_columns.k_major and problem.m <= tuning.SMALL_ROWS:
         tiles = tuning.small_tiles(problem, blocks)
     if isinstance(tiles, SmallTiles):
         outs = small.products(problem, tuple(nodes), tiles, a, b, parts)
     else:  # of many rows a kernel for each part
         starts = itertools.accumulate(parts, initial=0)
-        each = [dataclasses.replace(problem, n=n, first=start) for n, start in zip(parts, starts, strict=False)]
-        outs = tuple(
-            large.product(part, tiles or tuning.large_tiles(part, blocks), a, b, blocks=blocks) for part in each
-        )
+        outs = tuple(_part(problem, n, start, tiles, a, b, blocks) for n, start in zip(parts, starts, strict=False))
     return tuple(out[0] for out in outs) if len(nodes) == 1 else outs
+
+
+def _part(problem: Problem, n: int, start: int, tiles: Tiles | None, a: Array, b: Array, blocks: int) -> Array:
+    """Columns ``start`` to ``start + n`` of many rows. TMA reads columns by eights, or by 64 where they lie side by side."""
+    if start % (8 if problem.b.k_major else 64):
+        axis = problem.b.axes.index("n")
+        b, start = _padded(problem.b, jax.lax.slice_in_dim(b, start, start + n, axis=axis)), 0
+    part = dataclasses.replace(problem, n=n, first=start)
+    return large.product(part, tiles or tuning.large_tiles(part, blocks), a, b, blocks=blocks)
 
 
 def _parse(spec: str) -> tuple[str, str, str]:

@@ -284,7 +284,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     )
                     value = value.astype(problem.out_dtype)
                     where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
-                    starts = range(0, columns, width)
+                    # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
+                    starts = range(0, min(columns, -(-problem.n // width) * width), width)
                     at_once = tiles.out_slots >= len(starts)
                     if at_once:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
