@@ -88,31 +88,37 @@ class Block(nnx.Module):
         self,
         numerics: Numerics,
         x: Array,
+        normal: Array,
+        next_norm: Array,
         rotary: tuple[Array, Array],
         positions: Array,
         cache: KVCache | None,
         layer: Array | None,
-    ) -> tuple[Array, KVCache | None]:
-        """``cache`` holds all layers, of which this is number ``layer``; or this one alone, and ``layer`` is None."""
+    ) -> tuple[Array, Array, KVCache | None]:
+        """``x`` and its norm, to those of the next layer: a sum and the norm after it are one pass over memory.
+
+        ``cache`` holds all layers, of which this is number ``layer``; or this one alone, and ``layer`` is None.
+        """
+        eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
-            y, cache = self._attend(numerics, x, rotary, positions, cache, layer)
+            y, cache = self._attend(numerics, normal, rotary, positions, cache, layer)
         with jax.named_scope("mlp"):
-            x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], self.config.rms_norm_eps)
+            x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], eps)
             gate, up = self.gate_up(numerics, normal)
             (y,) = self.down(numerics, numerics.swiglu(gate, up))
-            return numerics.add(x, y), cache
+            return *numerics.add_rms_norm(x, y, next_norm, eps), cache
 
     def _attend(
         self,
         numerics: Numerics,
-        x: Array,
+        normal: Array,
         rotary: tuple[Array, Array],
         positions: Array,
         cache: KVCache | None,
         layer: Array | None,
     ) -> tuple[Array, KVCache | None]:
         config, layout = self.config, self.layout
-        q, k, v = self.qkv(numerics, numerics.rms_norm(x, self.attention_norm[...], config.rms_norm_eps))
+        q, k, v = self.qkv(numerics, normal)
         q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
         if config.qk_norm:
             q = numerics.norm_rope(q, self.q_norm[...], config.rms_norm_eps, *rotary)
@@ -242,27 +248,30 @@ class Transformer(nnx.Module):
         table = self.embedding[...].reshape(-1, config.hidden_size)
         x = numerics.embedding(tokens, table, self.vocabulary)
         run = self._scanned if isinstance(self.blocks, Block) else self._unrolled
-        x, cache = run(x, (cos, sin), positions, cache)
+        normal, cache = run(x, (cos, sin), positions, cache)
         if only is not None:
-            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
-        x = numerics.rms_norm(x, self.final_norm[...], config.rms_norm_eps)
+            normal = jnp.take_along_axis(normal, only[:, None, None], axis=1)
         with jax.named_scope("logits"):
-            (logits,) = self.head(numerics, x, jnp.float32)
+            (logits,) = self.head(numerics, normal, jnp.float32)
         return dense.gather_logits(logits, self.vocabulary), cache
 
     def _scanned(
         self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
         graph, stacked = nnx.split(self.blocks)
+        norms = self.blocks.attention_norm[...]  # type: ignore[union-attr]
+        next_norms = jnp.concatenate([norms[1:], self.final_norm[...][None]])
 
-        def one(carry: tuple[Array, Any], layer_and_state: tuple[Array, Any]) -> tuple[tuple[Array, Any], None]:
-            layer, state = layer_and_state
-            x, cache = nnx.merge(graph, state)(self.numerics, carry[0], rotary, positions, carry[1], layer)
-            return (x, cache), None
+        def one(carry: tuple[Array, Array, Any], of_layer: tuple[Array, Array, Any]) -> tuple[Any, None]:
+            x, normal, cache = carry
+            layer, next_norm, state = of_layer
+            block = nnx.merge(graph, state)
+            return block(self.numerics, x, normal, next_norm, rotary, positions, cache, layer), None
 
         layers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = lax.scan(one, (x, cache), (layers, stacked))
-        return x, cache
+        begin = (x, self.numerics.rms_norm(x, norms[0], self.config.rms_norm_eps), cache)
+        (_, normal, cache), _ = lax.scan(one, begin, (layers, next_norms, stacked))
+        return normal, cache
 
     def _unrolled(
         self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
@@ -271,14 +280,19 @@ class Transformer(nnx.Module):
         graph, _ = nnx.split(blocks[0])
 
         @jax.jit  # traced once: the layers have the same shapes
-        def one(state: Any, x: Array, rotary: Any, positions: Array, cache: KVCache | None) -> Any:
-            return nnx.merge(graph, state)(self.numerics, x, rotary, positions, cache, None)
+        def one(
+            state: Any, x: Array, normal: Array, next_norm: Array, rotary: Any, positions: Array, cache: KVCache | None
+        ) -> Any:
+            return nnx.merge(graph, state)(self.numerics, x, normal, next_norm, rotary, positions, cache, None)
 
+        norms = [block.attention_norm[...] for block in blocks] + [self.final_norm[...]]
+        normal = self.numerics.rms_norm(x, norms[0], self.config.rms_norm_eps)
         caches = []
         for i, block in enumerate(blocks):
             of_layer = None if cache is None else KVCache(cache.k[i], cache.v[i])
-            x, of_layer = one(nnx.split(block)[1], x, rotary, positions, of_layer)
+            state = nnx.split(block)[1]
+            x, normal, of_layer = one(state, x, normal, norms[i + 1], rotary, positions, of_layer)
             caches.append(of_layer)
         if cache is not None:
             cache = KVCache(tuple(c.k for c in caches), tuple(c.v for c in caches))
-        return x, cache
+        return normal, cache

@@ -399,7 +399,10 @@ class TestHopper(Attention):
         run = self.run()
         whole = np.asarray(run(q, k, v, positions))
         k, v = (np.broadcast_to(x, (length, *x.shape[1:])) for x in (k, v))
-        assert_bitwise_equal(run(q[0][:, None], k, v, positions.T), whole[0][:, None])
+        for walk in (True, False):
+            tiles = DecodeTiles(whole=walk)
+            run = jax.jit(partial(hopper.attention, self.dim**-0.5, tiles=tiles))
+            assert_bitwise_equal(run(q[0][:, None], k, v, positions.T), whole[0][:, None], str(tiles))
 
     @pytest.mark.invariance
     def test_tiles_and_runs_change_nothing(self, rng):
@@ -422,6 +425,8 @@ class TestHopper(Attention):
             DecodeTiles(unroll=1, chunk=1),
             DecodeTiles(unroll=2, chunk=2),
             DecodeTiles(blocks=5),
+            DecodeTiles(blocks=5, whole=True),
+            DecodeTiles(whole=False),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want[:, -1:], str(tiles))
 
@@ -464,6 +469,7 @@ def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, 
     [
         (1, 0, DecodeTiles(chunk=2, unroll=2)),
         (1, 16, DecodeTiles(slots=3)),
+        (3, 64, DecodeTiles(whole=True)),
         (200, 0, PrefillTiles()),
         (70, 64, PrefillTiles(order="tiles")),
         (200, 256, PrefillTiles(merge="peeled", stages=1)),
@@ -477,14 +483,17 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles)
         meanwhile()
         return acc
 
-    def store(acc_gmem, ml_gmem, state, rows):
-        acc_gmem[...] = state[0][:rows]
-        ml_gmem[...] = jnp.stack([x[:rows] for x in state[1:]])
+    def store(gmem, value, rows):
+        gmem[...] = value[:rows]
+
+    def store_rows(gmem, values, rows):
+        gmem[...] = jnp.stack([x[:rows] for x in values])
 
     monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
     monkeypatch.setattr(formula, "fma", lambda a, b, c, layout: a * b + c)
     monkeypatch.setattr(formula, "add_values", add_values)
     monkeypatch.setattr(decode, "_store", store)
+    monkeypatch.setattr(decode, "_store_rows", store_rows)
     length = 1030
     q, k, v, _ = inputs(rng, 2, length, 64, jnp.bfloat16)
     q, positions = q[:, :queries], rng.integers(0, length, (2, queries))

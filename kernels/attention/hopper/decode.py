@@ -1,13 +1,15 @@
-"""Attention of few queries per sequence: splits of the context over all multiprocessors, then their states in order.
+"""Attention of few queries per sequence: the work is to read the cache once.
 
-The work is to read the cache once. A warpgroup loads blocks of keys and values in a ring; another makes the state of a
-split, for all queries and query heads of its KV head at once: they sit in the first of the 64 rows that the tensor cores
-take. A second kernel merges the states of a row, one lane per element.
+A warpgroup loads blocks of keys and values in a ring; another makes the states of splits, for all queries and query heads of
+a KV head at once: they sit in the first of the 64 rows that the tensor cores take. Where there are pairs of sequence and KV
+head for all multiprocessors, a thread block walks all splits of its pair and merges as it goes. Else splits are spread over
+all multiprocessors, and a second kernel merges the states of a row, one lane per element.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +44,14 @@ class DecodeTiles:
         unroll: Splits that are merged without a branch between.
         chunk: Splits whose states the merge brings at once.
         blocks: At most so many thread blocks; 0: one per multiprocessor.
+        whole: A thread block takes all splits of a pair. None: where that keeps most multiprocessors at work.
     """
 
     slots: int = 0
     unroll: int = 8
     chunk: int = 64
     blocks: int = 0
+    whole: bool | None = None
 
 
 def attention(
@@ -80,29 +84,28 @@ def attention(
         bounds = jnp.stack([positions.min(axis=1), positions.max(axis=1)], axis=1)
         of_rows = jnp.repeat(positions, group, axis=1)
         extra.append(jnp.pad(of_rows, ((0, 0), (0, MOST_ROWS - used))))
-    splits = -(-cache.size // SPLIT)
-    acc, ml = plgpu.kernel(
-        functools.partial(
-            _splits,
-            c=c,
-            cache=cache,
-            tiles=tiles,
-            has_heads=kv_head_of is not None,
-            has_table=table is not None,
-            has_rows=queries > 1,
-        ),
-        out_type=[
-            jax.ShapeDtypeStruct((batch * groups, splits, rows, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * groups, splits, 2, rows), jnp.float32),
-        ],
-        grid=(min(tiles.blocks or multiprocessors, batch * groups * splits),),
+    splits, pairs = -(-cache.size // SPLIT), batch * groups
+    most = tiles.blocks or multiprocessors
+    whole = tiles.whole if tiles.whole is not None else splits == 1 or _is_busy(pairs, most)
+    if whole:
+        out_type: list[Any] = [jax.ShapeDtypeStruct((pairs, used, dim), q.dtype)]
+    else:
+        out_type = [
+            jax.ShapeDtypeStruct((pairs, splits, rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((pairs, splits, 2, rows), jnp.float32),
+        ]
+    options = {"has_heads": kv_head_of is not None, "has_table": table is not None, "has_rows": queries > 1}
+    found = plgpu.kernel(
+        functools.partial(_walk, c=c, cache=cache, slots=tiles.slots or _slots(dim, q.dtype), whole=whole, **options),
+        out_type=out_type,
+        grid=(min(most, pairs if whole else pairs * splits),),
         kernel_name="attention_decode",
         grid_names=("grid",),
         num_threads=2,
         thread_name="wg",
         compiler_params=formula.PARAMS,
     )(q, k, v, bounds, *extra)
-    y = _merged(acc, ml, bounds, used, q.dtype, tiles)
+    y = found[0] if whole else _merged(*found, bounds, used, q.dtype, tiles)
     return y.reshape(batch, groups, queries, group, dim).swapaxes(1, 2).reshape(batch, queries, heads, dim)
 
 
@@ -112,17 +115,22 @@ def _slots(dim: int, dtype: Any) -> int:
     return min(12, (232_448 - 2 * 1024 - _Q_SLOTS * 64 * dim * itemsize) // (BLOCK * dim * itemsize))
 
 
-def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_rows):
+def _is_busy(pairs: int, multiprocessors: int) -> bool:
+    """Whether most multiprocessors work most of the time if each walks whole pairs."""
+    return 4 * pairs >= 3 * multiprocessors * -(-pairs // multiprocessors)
+
+
+def _walk(*refs: Ref, c, cache, slots, whole, has_heads, has_table, has_rows):
+    """The states of all splits; if ``whole``, merged, and the results."""
     q_gmem, k_gmem, v_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
     table_gmem: Ref = rest.pop(0) if has_table else None
     rows_gmem: Ref = rest.pop(0) if has_rows else None
-    acc_gmem, ml_gmem = rest
-    batches, groups, _, dim = q_gmem.shape
-    dtype = q_gmem.dtype
-    _, splits, rows, _ = acc_gmem.shape
-    items = batches * groups * splits
-    slots = tiles.slots or _slots(dim, dtype)
+    batches, groups, rows, dim = q_gmem.shape
+    dtype, rows = q_gmem.dtype, -(-rows // 8) * 8
+    splits = -(-cache.size // SPLIT)
+    runs = 1 if whole else splits  # a thread block takes a run of splits at a time
+    items = batches * groups * runs
     grid = lax.axis_size("grid")
     i32 = jnp.int32
 
@@ -142,15 +150,15 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
         def unpack(i):
             # Neighbouring thread blocks read neighbouring heads of the same positions.
             item = cta + i * grid
-            of, split = lax.rem(item, i32(groups)), lax.rem(lax.div(item, i32(groups)), i32(splits))
-            batch = lax.div(item, i32(groups * splits))
+            of, run = lax.rem(item, i32(groups)), lax.rem(lax.div(item, i32(groups)), i32(runs))
+            batch = lax.div(item, i32(groups * runs))
 
             def inside(blocks):
-                return jnp.clip(blocks - split * BLOCKS_A_SPLIT, 0, BLOCKS_A_SPLIT)
+                return blocks if whole else jnp.clip(blocks - run * BLOCKS_A_SPLIT, 0, BLOCKS_A_SPLIT)
 
-            whole = inside(lax.div(bounds_gmem[batch, 0] + 1, i32(BLOCK)))  # seen by all queries
+            seen = inside(lax.div(bounds_gmem[batch, 0] + 1, i32(BLOCK)))  # by all queries
             blocks = inside(lax.div(bounds_gmem[batch, bounds_gmem.shape[1] - 1], i32(BLOCK)) + 1)
-            return batch, of, split, whole, blocks
+            return batch, of, run, seen, blocks
 
         def each_item(body):
             """``body(item, blocks so far, items so far)`` for items that see anything."""
@@ -173,7 +181,7 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
             plgpu.set_max_registers(40, action="decrease")
 
             def item(at, done, number):
-                batch, of, split, _, blocks = at
+                batch, of, run, _, blocks = at
                 kv_head = heads_gmem[of] if has_heads else of
                 q_slot = lax.rem(number, i32(_Q_SLOTS))
 
@@ -186,7 +194,7 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
                 plgpu.copy_gmem_to_smem(heads, q_smem.at[q_slot, pl.ds(0, rows)], q_full.at[q_slot])
 
                 def block(j, _):
-                    places = cache.places(table_gmem, batch, split * BLOCKS_A_SPLIT + j)
+                    places = cache.places(table_gmem, batch, run * BLOCKS_A_SPLIT + j)
                     for half, ref in enumerate((k_gmem, v_gmem)):
                         count = 2 * (done + j) + half
                         slot = lax.rem(count, i32(slots))
@@ -206,8 +214,11 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
         def _compute():
             plgpu.set_max_registers(232, action="increase")
 
+            def spread(row):
+                return formula.over(row, (64, dim))
+
             def item(at, done, number):
-                batch, of, split, whole, blocks = at
+                batch, of, run, seen, blocks = at
                 q_slot = lax.rem(number, i32(_Q_SLOTS))
                 plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -224,7 +235,7 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
                     plgpu.barrier_arrive(free.at[k_slot])
                     if mask:
                         keys = plgpu.broadcasted_iota(i32, qk.shape, 1, layout=TILE)
-                        before = split * SPLIT + j * BLOCK
+                        before = run * SPLIT + j * BLOCK
                         if has_rows:
                             last = plgpu.load(rows_gmem.at[batch], layout=ROWS, optimized=False) - before
                             last = formula.over(last, qk.shape)
@@ -237,46 +248,92 @@ def _splits(*refs: Ref, c, cache, tiles: DecodeTiles, has_heads, has_table, has_
                     plgpu.barrier_arrive(free.at[v_slot])
                     return acc, m, total
 
-                state = formula.empty(64, dim)
-                state = lax.fori_loop(0, whole, functools.partial(block, mask=False), state)
-                state = lax.fori_loop(whole, blocks, functools.partial(block, mask=True), state)
-                plgpu.barrier_arrive(q_free.at[q_slot])
+                def split(low, high):
+                    middle = jnp.clip(seen, low, high)
+                    state = formula.empty(64, dim)
+                    state = lax.fori_loop(low, middle, functools.partial(block, mask=False), state)
+                    return lax.fori_loop(middle, high, functools.partial(block, mask=True), state)
+
                 row = batch * groups + of
-                _store(acc_gmem.at[row, split], ml_gmem.at[row, split], state, rows)
+                if whole:
+
+                    def merge(number, done):
+                        low = number * BLOCKS_A_SPLIT
+                        return formula.merge(
+                            done, split(low, jnp.minimum(low + BLOCKS_A_SPLIT, blocks)), spread, TILE, ROWS
+                        )
+
+                    last = lax.div(blocks + (BLOCKS_A_SPLIT - 1), i32(BLOCKS_A_SPLIT))
+                    state = lax.fori_loop(0, last, merge, formula.empty(64, dim))
+                    plgpu.barrier_arrive(q_free.at[q_slot])
+                    _store(rest[0].at[row], formula.finish(state, spread, TILE, dtype), rest[0].shape[1])
+                else:
+                    acc, *of_rows = split(i32(0), blocks)
+                    plgpu.barrier_arrive(q_free.at[q_slot])
+                    acc_gmem, ml_gmem = rest
+                    _store(acc_gmem.at[row, run], acc, rows)
+                    _store_rows(ml_gmem.at[row, run], of_rows, rows)
 
             each_item(item)
 
 
-def _store(acc_gmem: Ref, ml_gmem: Ref, state: formula.State, rows: int) -> None:
-    """The first rows of a tile, straight from registers: ``[rows, D]`` and ``[2, rows]``."""
+def _first_row_and_column() -> tuple[Any, Any]:
+    """Of this thread in a tile as wgmma leaves it; it also has the row 8 below, and every eighth column from there in pairs."""
+    i32 = ir.IntegerType.get_signless(32)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE, ROWS, ROWS))
-    def write(ctx: Any, acc_ref: Any, ml_ref: Any, acc: Any, m: Any, total: Any) -> None:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        utils = mgpu.utils
+    def constant(value: int) -> Any:
+        return mgpu.utils.c(value, i32)
 
-        def constant(value: int) -> Any:
-            return utils.c(value, i32)
+    thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
+    lane = arith.remui(thread, constant(32))
+    row = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
+    return row, arith.muli(arith.remui(lane, constant(4)), constant(2))
 
-        dim = acc.shape[1]
-        thread = arith.remui(utils.thread_idx(), constant(128))
-        lane = arith.remui(thread, constant(32))
-        first = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
-        column = arith.muli(arith.remui(lane, constant(4)), constant(2))
-        to_acc, to_ml = utils.memref_ptr(acc_ref), utils.memref_ptr(ml_ref)
-        pairs = list(acc.registers.flat)  # of two neighbouring columns; in turns of a row and of the row 8 below
-        for half in range(2):
-            row = arith.addi(first, constant(8 * half))
-            with utils.when(arith.cmpi(arith.CmpIPredicate.slt, row, constant(rows))):
-                mine = utils.getelementptr(to_acc, [arith.addi(arith.muli(row, constant(dim)), column)], f32)
-                for j, pair in enumerate(pairs[half::2]):
-                    llvm.store(pair, utils.getelementptr(mine, [8 * j], f32), alignment=8)
-                with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, constant(0))):
-                    for offset, x in ((0, m), (rows, total)):
-                        value = list(x.registers.flat)[half]
-                        llvm.store(value, utils.getelementptr(to_ml, [arith.addi(row, constant(offset))], f32))
 
-    write(acc_gmem, ml_gmem, *state)
+def _in_rows(rows: int, store: Callable[[int, Any, Any], None]) -> None:
+    """``store(half, row, column)`` for each of a thread's two rows that is among the first ``rows``."""
+    first, column = _first_row_and_column()
+    for half in range(2):
+        row = arith.addi(first, mgpu.utils.c(8 * half, first.type))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.slt, row, mgpu.utils.c(rows, row.type))):
+            store(half, row, column)
+
+
+def _store(gmem: Ref, value: Array, rows: int) -> None:
+    """The first rows of a tile, straight from registers: ``gmem [rows, D]``."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def write(ctx: Any, ref: Any, value: Any) -> None:
+        utils, (_, dim) = mgpu.utils, value.shape
+        to, element = utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type
+        pairs = list(value.registers.flat)  # of two neighbouring columns; in turns of a row and of the row 8 below
+
+        def store(half: int, row: Any, column: Any) -> None:
+            mine = utils.getelementptr(to, [arith.addi(arith.muli(row, utils.c(dim, row.type)), column)], element)
+            for j, pair in enumerate(pairs[half::2]):
+                llvm.store(pair, utils.getelementptr(mine, [8 * j], element), alignment=2 * utils.bytewidth(element))
+
+        _in_rows(rows, store)
+
+    write(gmem, value)
+
+
+def _store_rows(gmem: Ref, values: Sequence[Array], rows: int) -> None:
+    """Numbers of the first rows: ``gmem [len(values), rows]`` f32."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(ROWS for _ in values)))
+    def write(ctx: Any, ref: Any, *values: Any) -> None:
+        utils, f32 = mgpu.utils, ir.F32Type.get()
+
+        def store(half: int, row: Any, column: Any) -> None:
+            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, utils.c(0, column.type))):
+                for i, x in enumerate(values):
+                    to = utils.getelementptr(utils.memref_ptr(ref), [arith.addi(row, utils.c(i * rows, row.type))], f32)
+                    llvm.store(list(x.registers.flat)[half], to)
+
+        _in_rows(rows, store)
+
+    write(gmem, *values)
 
 
 def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: DecodeTiles) -> Array:
