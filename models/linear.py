@@ -117,7 +117,7 @@ class Linear(nnx.Module):
         self.weights = nnx.Dict({})
 
     def __call__(self, numerics: Numerics, x: Array, dtype: DTypeLike | None = None) -> tuple[Array, ...]:
-        biases = [self.biases[name][...] for name in self.names if name in self.biases]
+        biases = self._biases()
         if self.kind == "row":
             w = self._packed() if self.packed else self.weights[self.names[0]][...]
             return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self.leaves),)
@@ -126,8 +126,20 @@ class Linear(nnx.Module):
                 numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
                 for i, name in enumerate(self.names)
             )
-        sizes = [size // lax.axis_size(TENSOR) for size in self.sizes]
-        return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, sizes, dtype)
+        return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, self._local_sizes(), dtype)
+
+    def gated(self, numerics: Numerics, x: Array) -> Array:
+        """``swiglu`` of the two projections."""
+        if not self.packed:
+            gate, up = self(numerics, x)
+            return numerics.swiglu(gate, up)
+        return numerics.gated(x, self._packed(), [b.reshape(-1) for b in self._biases()], TENSOR, self._local_sizes())
+
+    def _biases(self) -> list[Array]:
+        return [self.biases[name][...] for name in self.names if name in self.biases]
+
+    def _local_sizes(self) -> list[int]:
+        return [size // lax.axis_size(TENSOR) for size in self.sizes]
 
     def _packed(self) -> Any:
         return jax.tree.unflatten(self.treedef, [leaf[...] for leaf in self.packed])

@@ -104,8 +104,7 @@ class Block(nnx.Module):
             y, cache = self._attend(numerics, normal, rotary, positions, cache, layer)
         with jax.named_scope("mlp"):
             x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], eps)
-            gate, up = self.gate_up(numerics, normal)
-            (y,) = self.down(numerics, numerics.swiglu(gate, up))
+            (y,) = self.down(numerics, self.gate_up.gated(numerics, normal))
             return *numerics.add_rms_norm(x, y, next_norm, eps), cache
 
     def _attend(

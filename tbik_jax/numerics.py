@@ -68,6 +68,11 @@ class Numerics(ABC):
         y = self.column(x, w, jnp.concatenate(biases) if biases else None, axis, dtype)
         return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
 
+    def gated(self, x: Array, w: Weight, biases: Sequence[Array] | None, axis: str, sizes: Sequence[int]) -> Array:
+        """``swiglu(gate, up)`` of :meth:`columns`."""
+        gate, up = self.columns(x, w, biases, axis, sizes)
+        return self.swiglu(gate, up)
+
     @abstractmethod
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
         """``x [..., slots * k]`` -> the sum over all ranks ``[..., N]``."""
@@ -130,6 +135,9 @@ class Invariant(Numerics):
         dtype: DTypeLike | None = None,
     ) -> tuple[Array, ...]:
         return dense.column_parallel_parts(x, w, sizes, biases or None, dtype=dtype)
+
+    def gated(self, x: Array, w: Weight, biases: Sequence[Array] | None, axis: str, sizes: Sequence[int]) -> Array:
+        return dense.column_parallel_swiglu(x, w, biases or None)
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
         return dense.row_parallel(

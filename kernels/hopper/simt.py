@@ -54,6 +54,29 @@ def launch(program: Callable[..., None], blocks: int, inputs: Sequence[Array], o
     )(*inputs)
 
 
+def elementwise(f: Callable[..., Float], *arrays: Array) -> Array:
+    """``f(arithmetic, *elements)`` of f32 accumulators of the tensor cores, inside a kernel in warpgroup semantics."""
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * len(arrays),
+        return_type=plgpu.ShapeDtypeStruct(arrays[0].shape, jnp.float32, layout=layout),
+    )
+    def run(ctx: Any, *values: Any) -> Any:
+        registers = values[0].registers.copy()
+        for place in np.ndindex(registers.shape):
+            vectors = [value.registers[place] for value in values]
+            result = llvm.mlir_undef(vectors[0].type)
+            for i in range(vectors[0].type.shape[0]):
+                at = mgpu.utils.c(i, _i32())
+                elements = [Float(llvm.extractelement(x, at)) for x in vectors]
+                result = llvm.insertelement(result, f(Arithmetic(), *elements).value, at)
+            registers[place] = result
+        return mgpu.FragmentedArray(_registers=registers, _layout=values[0].layout, _is_signed=values[0].is_signed)
+
+    return run(*arrays)
+
+
 class Int:
     """A signed integer of 32 bits, or of 64 where one operand has so many."""
 
@@ -145,15 +168,8 @@ def _ptx(text: str, *operands: Float | float) -> Float:
     return Float(mgpu.utils.inline_ptx(text, *map(_float, operands), result_types=_f32()))
 
 
-class Machine:
-    """What a thread can do besides adding and multiplying."""
-
-    def __init__(self, block: Any, exchange: Any) -> None:
-        self.block = Int(block)
-        self.thread = Int(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(THREADS, _i32())))
-        self._exchange = exchange
-
-    # Arithmetic ------------------------------------------------------------------------------------------------------
+class Arithmetic:
+    """What a thread can compute besides sums and products."""
 
     def zero(self) -> Float:
         return Float(_float(0.0))
@@ -187,6 +203,15 @@ class Machine:
 
     def select(self, condition: Int, a: Float, b: Float | float) -> Float:
         return Float(arith.select(condition.value, a.value, _float(b)))
+
+
+class Machine(Arithmetic):
+    """A thread of a block: arithmetic, memory, neighbours."""
+
+    def __init__(self, block: Any, exchange: Any) -> None:
+        self.block = Int(block)
+        self.thread = Int(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(THREADS, _i32())))
+        self._exchange = exchange
 
     # Memory ----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,13 @@ Linear layers take weights ``[N, K]`` (output, input), as Hugging Face stores th
 :class:`tbik_jax.Contract`.
 """
 
-from tbik_jax.dense.linear import column_parallel, column_parallel_parts, make_dot_general, row_parallel
+from tbik_jax.dense.linear import (
+    column_parallel,
+    column_parallel_parts,
+    column_parallel_swiglu,
+    make_dot_general,
+    row_parallel,
+)
 from tbik_jax.dense.vocabulary import (
     Vocabulary,
     cross_entropy,
@@ -31,6 +37,7 @@ __all__ = [
     "attention",
     "column_parallel",
     "column_parallel_parts",
+    "column_parallel_swiglu",
     "cross_entropy",
     "embedding",
     "gather_logits",

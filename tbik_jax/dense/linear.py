@@ -19,6 +19,7 @@ from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
+from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.tree import Node, Schedule, Tree, schedule
 
 Array = jax.Array
@@ -111,6 +112,38 @@ def column_parallel_parts(
         _finish("dense.column_parallel_parts", y, biases[i] if biases else None, result).reshape(*lead, -1)
         for i, y in enumerate(ys)
     )
+
+
+def column_parallel_swiglu(x: Array, w: Array | PackedWeight, biases: Sequence[Array] | None = None) -> Array:
+    """``swiglu(gate, up)`` of two projections of one input whose weights lie side by side, for inference.
+
+        y = silu(x @ gate.T + b_gate) * (x @ up.T + b_up)
+
+    Args:
+        x: ``[..., K]``, the same on every rank.
+        w: This rank's rows of both, gate above up: ``[2 N, K]`` or ``[1, 2 N, K]``, or packed from the latter.
+        biases: ``[N]`` for each, or none.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Guarantee: the bits of :func:`column_parallel_parts`, then :func:`tbik_jax.dense.swiglu`. One kernel does both where there
+    is one: the projections are rounded to the dtype of ``x`` in any case.
+
+    Raises:
+        ValueError: sizes that do not fit.
+        NotImplementedError: differentiation.
+    """
+    if not isinstance(w, PackedWeight):
+        w = w.reshape(1, -1, w.shape[-1])
+    n, k = (w.n, w.k) if isinstance(w, PackedWeight) else w.shape[1:]
+    with Problems("dense.column_parallel_swiglu") as problems:
+        problems.check(k == x.shape[-1], f"x has K = {x.shape[-1]}, w has K = {k}")
+        problems.check(n % 2 == 0, f"w has {n} rows; gate and up have as many each")
+        problems.check(biases is None or len(biases) == 2, "give one bias for gate and one for up, or none")
+    if biases:
+        return swiglu(*column_parallel_parts(x, w, (n // 2, n // 2), biases))
+    return _gated(x.reshape(-1, k), w).reshape(*x.shape[:-1], -1)
 
 
 def row_parallel(
@@ -374,12 +407,32 @@ def _parted_fwd(parts: tuple[int, ...], dtype: Dtype, x: Array, w: Array | Packe
 
 
 def _parted_bwd(parts: tuple[int, ...], dtype: Dtype, _: None, dy: Any) -> tuple[Any, Any]:
-    raise NotImplementedError(
+    raise _for_inference()
+
+
+def _for_inference() -> NotImplementedError:
+    return NotImplementedError(
         "projections side by side are for inference; to differentiate, give each its own [N, K] weight"
     )
 
 
 _parted.defvjp(_parted_fwd, _parted_bwd)
+
+
+@jax.custom_vjp
+def _gated(x: Array, w: Array | PackedWeight) -> Array:
+    return matmul.gated_products(x, w)
+
+
+def _gated_fwd(x: Array, w: Array | PackedWeight) -> tuple[Array, None]:
+    return _gated(x, w), None
+
+
+def _gated_bwd(_: None, dy: Array) -> tuple[Any, Any]:
+    raise _for_inference()
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

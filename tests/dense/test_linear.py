@@ -15,7 +15,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, Tree
-from tbik_jax.dense import column_parallel, column_parallel_parts, make_dot_general, pack, row_parallel
+from tbik_jax.dense import (
+    column_parallel,
+    column_parallel_parts,
+    column_parallel_swiglu,
+    make_dot_general,
+    pack,
+    row_parallel,
+    swiglu,
+)
 from tbik_jax.kernels.matmul import cpu, spec
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import schedule
@@ -571,6 +579,34 @@ def test_projections_side_by_side_are_those_alone(rng, packed, biased):
     for i, y in enumerate(found):
         alone = column_parallel(x, w[i], biases[i] if biases else None, axis_name=None, contract=Contract(), leaves=1)
         assert_bitwise_equal(y, alone, f"projection {i}")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_gated_projections_are_the_stages_one_by_one(rng, rows, packed, biased, dtype):
+    x = jnp.asarray(3 * rng.standard_normal((2, rows, 70)), dtype)
+    w = [jnp.asarray(rng.standard_normal((33, 70)), dtype) for _ in range(2)]
+    biases = [jnp.asarray(rng.standard_normal(33), dtype) for _ in range(2)] if biased else None
+    joint = jnp.concatenate(w)[None]
+    found = column_parallel_swiglu(x, pack(joint) if packed else joint, biases)
+    gate, up = (
+        column_parallel(x, w[i], biases[i] if biases else None, axis_name=None, contract=Contract(), leaves=1)
+        for i in range(2)
+    )
+    assert found.dtype == dtype
+    assert_bitwise_equal(found, swiglu(gate, up))
+
+
+def test_gated_projections_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="column_parallel_swiglu: 3 problems") as error:
+        column_parallel_swiglu(jnp.ones((2, 8)), jnp.ones((1, 5, 9)), [jnp.ones(2)])
+    for message in ("x has K = 8, w has K = 9", "w has 5 rows", "one bias for gate and one for up"):
+        assert message in str(error.value)
+    with pytest.raises(NotImplementedError, match="projections side by side are for inference"):
+        jax.grad(lambda x: column_parallel_swiglu(x, jnp.ones((1, 4, 8))).sum())(jnp.ones((2, 8)))
 
 
 def test_projections_side_by_side_refuse_what_does_not_fit():

@@ -243,6 +243,20 @@ def test_parts_are_those_of_the_whole(rng, m):
 
 @on_the_card
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("m, n, k", [(300, 1000, 320), (129, 8, 136), (1024, 1536, 512)])
+def test_gating_in_the_kernel_is_the_stages_one_by_one(rng, m, n, k, dtype):
+    x, w = operands(rng, (m, k), (1, 2 * n, k), dtype)
+    x = x / 4  # sigmoids of every size
+    assert hopper.is_gated(x, w)
+    want = jax.jit(lambda x, w: swiglu(*matmul.parted_products(x[:, None], w, (n, n), dtype=x.dtype)))(x, w)
+    assert_bitwise_equal(jax.jit(matmul.gated_products)(x, w), want)
+    for tiles in (Tiles(256, 4, 2, out_bytes=64, out_slots=2), Tiles(128, 3), Tiles(64, 4, out_slots=2)):
+        assert_bitwise_equal(jax.jit(partial(hopper.gated, tiles=tiles))(x, w), want, str(tiles))
+
+
+@on_the_card
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("spec, a, b", SPECS)
 def test_every_layout_is_the_tree_over_leaf_products(rng, spec, a, b, dtype):

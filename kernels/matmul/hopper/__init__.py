@@ -25,7 +25,7 @@ from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
 from tbik_jax.tree import Node
 
-__all__ = ["SmallTiles", "Tiles", "product", "products"]
+__all__ = ["SmallTiles", "Tiles", "gated", "is_gated", "product", "products"]
 
 Array = jax.Array
 
@@ -146,6 +146,25 @@ def products(
         starts = itertools.accumulate(parts, initial=0)
         outs = tuple(_part(problem, n, start, tiles, a, b, blocks) for n, start in zip(parts, starts, strict=False))
     return tuple(out[0] for out in outs) if len(nodes) == 1 else outs
+
+
+def is_gated(a: Array, b: Array) -> bool:
+    """Whether :func:`gated` has a kernel: many rows, in bf16 or f16, of widths that TMA can begin at."""
+    return a.shape[0] > tuning.SMALL_ROWS and a.dtype == b.dtype != jnp.float32 and b.shape[1] % 16 == 0
+
+
+def gated(a: Array, b: Array, *, tiles: Tiles | None = None) -> Array:
+    """``swiglu(a @ gate.T, a @ up.T)`` in one kernel: ``a [M, K]``, ``b [1, 2 N, K]``, gate above up. Where :func:`is_gated`.
+
+    Guarantee: the bits of the stages one after the other: gate and up are rounded to the dtype of ``a`` first.
+    """
+    (m, k), n = a.shape, b.shape[1] // 2
+    rows, columns = Operand("mk", "m"), Operand("lnk", "n")
+    a, b = _padded(rows, a), _padded(columns, b)
+    problem = Problem(m, n, k, 1, rows, columns, "smn", a.dtype, a.dtype, program((Node(0, 1),)), up=n)
+    blocks = _multiprocessors()
+    tiles = tiles or tuning.large_tiles(problem, blocks)
+    return large.product(problem, tiles, a, b, blocks=blocks)[0]
 
 
 def _part(problem: Problem, n: int, start: int, tiles: Tiles | None, a: Array, b: Array, blocks: int) -> Array:

@@ -21,6 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from tbik_jax.kernels.hopper import formulas, simt
 from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.program import Program
 
@@ -94,12 +95,20 @@ class Problem:
     out_dtype: Any
     program: Program
     first: int = 0  # column of b that is the result's first
+    up: int | None = (
+        None  # if given: the result is swiglu(gate, up), `up` the product with the columns of b from there on
+    )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Where the columns of b begin that make one element of the result."""
+        return (self.first,) if self.up is None else (self.first, self.up)
 
 
 def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) -> Array:
     """``[nodes, batch, m, n]`` in the order of ``problem.out_axes``; ``blocks`` is how many the device runs at once."""
     # TMA writes whole swizzled tiles; what ragged sizes need beyond their own is cut off again.
-    width = out_width(tiles.columns, problem.n, problem.out_dtype, tiles.out_bytes)
+    width = out_width(tiles.columns // len(problem.factors), problem.n, problem.out_dtype, tiles.out_bytes)
     sizes = {"s": len(problem.program.ends), "b": problem.batch, "m": problem.m, "n": problem.n}
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
@@ -143,18 +152,19 @@ def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
 
 def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
     program, columns, stages = problem.program, tiles.columns, tiles.stages
+    results = columns // len(problem.factors)  # columns of the result in a tile
     block_rows = 2 * ROWS
     steps = -(-problem.k // DEPTH)  # per leaf
     shares_rows = problem.m <= block_rows
     across, along = (1, tiles.cluster) if shares_rows else (tiles.cluster, 1)  # tiles of a cluster: rows by columns
     row_tiles = -(-problem.m // (block_rows * across))
-    column_tiles = -(-problem.n // (columns * along))
+    column_tiles = -(-problem.n // (results * along))
     storages = max(0, program.storages - 1)  # beyond registers
     accesses = spill.accesses(ROWS, columns)  # of one of them
     near = min(storages * accesses, tiles.near)
     a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
 
-    width = out_width(columns, problem.n, problem.out_dtype, tiles.out_bytes)
+    width = out_width(results, problem.n, problem.out_dtype, tiles.out_bytes)
 
     barrier: Callable[..., Any] = plgpu.Barrier
     if tiles.cluster > 1:
@@ -166,7 +176,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
         "out_smem": plgpu.SMEM(
             (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
         ),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=1 + len(problem.factors), num_barriers=stages),
         "empty": barrier(num_arrivals=2, num_barriers=stages),
     }
     if tiles.turns:
@@ -191,7 +201,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, tiles.band)
                 first_step = info.local_index * (program.leaves * steps)
                 down, right = (0, cta) if shares_rows else (cta, 0)
-                body(batch, (row * across + down) * block_rows, (column * along + right) * columns, first_step)
+                body(batch, (row * across + down) * block_rows, (column * along + right) * results, first_step)
 
         @pl.when(wg == 2)
         def _():
@@ -209,13 +219,19 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         plgpu.barrier_wait(empty.at[slot])
 
                     where = {"k": k, "depth": DEPTH, "leaf": leaf, "batch": batch}
-                    for operand, ref, start, size, smem, shared in (
-                        (problem.a, a_gmem, row, block_rows, a_smem, shares_rows),
-                        (problem.b, b_gmem, column + problem.first, columns, b_smem, not shares_rows),
-                    ):
+                    slots_of_b = [b_smem.at[slot]]
+                    if problem.up is not None:
+                        halves = [pl.ds(i * results, results) for i in range(2)]
+                        slots_of_b = [
+                            b_smem.at[(slot, h) if problem.b.k_major else (slot, slice(None), h)] for h in halves
+                        ]
+                    loads = [(problem.a, a_gmem, row, block_rows, a_smem.at[slot], shares_rows)]
+                    for start, of_b in zip(problem.factors, slots_of_b, strict=True):
+                        loads.append((problem.b, b_gmem, column + start, results, of_b, not shares_rows))
+                    for operand, ref, start, size, smem, shared in loads:
                         plgpu.copy_gmem_to_smem(
                             operand.at(ref, start=start, size=size, **where),
-                            smem.at[slot],
+                            smem,
                             full.at[slot],
                             collective_axes="cluster" if shared and tiles.cluster > 1 else None,
                         )
@@ -283,20 +299,29 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         sum((leaf > end).astype(jnp.int32) for end in program.ends[:-1]) if len(program.ends) > 1 else 0
                     )
                     value = value.astype(problem.out_dtype)
+
+                    def piece(start):
+                        if problem.up is None:
+                            return value[:, start : start + width]
+                        gate, up = value[:, start : start + width], value[:, results + start : results + start + width]
+                        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+                        gated = simt.elementwise(lambda m, g, u: formulas.swiglu(m, g, u)[0], gate, up)
+                        return gated.astype(problem.out_dtype)
+
                     where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
                     # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
-                    starts = range(0, min(columns, -(-problem.n // width) * width), width)
+                    starts = range(0, min(results, -(-problem.n // width) * width), width)
                     at_once = tiles.out_slots >= len(starts)
                     if at_once:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         for number, start in enumerate(starts):
-                            out_smem[wg, number] = value[:, start : start + width]
+                            out_smem[wg, number] = piece(start)
                         plgpu.commit_smem()
                     for number, start in enumerate(starts):
                         slot = out_smem.at[wg, number % tiles.out_slots]
                         if not at_once:
                             plgpu.wait_smem_to_gmem(tiles.out_slots - 1, wait_read_only=True)
-                            slot[...] = value[:, start : start + width]
+                            slot[...] = piece(start)
                             plgpu.commit_smem()
                         where["n"] = pl.ds(column + start, width)
                         plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])

@@ -24,6 +24,9 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
     """
     adds = problem.program.storages > 0
     widths = (208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32) if adds else (256, 224, *range(208, 31, -16))
+    parts = len(problem.factors)  # of a tile, side by side
+    if parts > 1:
+        widths = tuple(columns for columns in widths if columns % (64 * parts) == 0)
     if not problem.b.k_major:  # TMA then wants whole swizzled rows of columns
         widths = tuple(columns for columns in widths if columns % 64 == 0)
     rows = -(-problem.m // (2 * ROWS)) * problem.batch
@@ -32,7 +35,7 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
     fixed = 27 if piece > 32 else 150
 
     def cost(columns: int) -> float:
-        tiles = rows * -(-problem.n // columns)
+        tiles = rows * -(-problem.n // (columns // parts))
         return -(-tiles // blocks) * (columns + fixed)
 
     if problem.program.storages > 2 and problem.k < 1024:
@@ -50,7 +53,7 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     out_bytes, out_slots = (32, 1) if waits and columns % 64 else (64, 2) if columns >= 224 else (128, 1)
     if program.is_chain and columns % 64 and not few:
         out_slots = 2
-    out = 2 * ROWS * out_slots * out_width(columns, problem.n, problem.out_dtype, out_bytes)
+    out = 2 * ROWS * out_slots * out_width(columns // len(problem.factors), problem.n, problem.out_dtype, out_bytes)
     out *= jnp.dtype(problem.out_dtype).itemsize
     stage = (2 * ROWS + columns) * 64 * 2
     most = 8 if few or (columns <= 96 and not waits) else 4 if waits or columns > 128 else 6
