@@ -14,17 +14,21 @@ algorithm              exchange                                 values sent per 
 ``butterfly``          ``ppermute`` with r ^ 2**i, whole        log2(ranks) x size              one node per rank, 2**n
 =====================  =======================================  ==============================  ======================
 
+Nodes travel in f32. Slices that are gathered after the sum are rounded to the result's dtype before they travel.
+
 References: Tree-Based Invariant Kernels, arXiv 2511.17826, section 4.2 (tree all-reduce over power-of-two ranks);
 Thakur, Rabenseifner and Gropp 2005 (recursive halving and doubling).
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -36,8 +40,9 @@ from tbik_jax.tree import Schedule, Tree, schedule
 Array = jax.Array
 Algorithm = Literal["auto", "all_gather", "all_to_all", "recursive_halving", "butterfly"]
 
-#: Below this many bytes per node one gather beats two exchanges. Performance-only.
-_SMALL = 64 * 1024
+#: One gather beats two exchanges unless it brings so many bytes more: what a link moves while an exchange starts.
+#: Performance-only; that of GPUs was measured on two H200 with NVLink.
+_WORTH_AN_EXCHANGE = {"gpu": 8 << 20, "cpu": 256 << 10}
 
 
 def tree_psum(
@@ -76,8 +81,10 @@ def tree_psum(
             cannot run.
     """
     plan = _plan("tree_psum", leaves, axis_name, tree, algorithm, of_nodes)
-    total = _tree_psum(plan, axis_name, _choose(plan, leaves, algorithm), of_nodes, leaves)
-    return cast(total, dtype or jnp.float32)
+    result = jnp.dtype(dtype or jnp.float32)
+    if algorithm == "auto":
+        algorithm = _choose(plan, 4 * math.prod(leaves.shape[1:]), result)
+    return _tree_psum(plan, axis_name, algorithm, of_nodes, result, leaves)
 
 
 def tree_psum_scatter(
@@ -108,9 +115,9 @@ def tree_psum_scatter(
                 size % plan.ranks == 0,
                 f"dimension {scatter_dimension} of size {size} is not a multiple of the {plan.ranks} ranks; pad it first",
             )
-    part = _tree_psum_scatter(
-        plan, axis_name, _choose(plan, leaves, algorithm), scatter_dimension % rank, of_nodes, leaves
-    )
+    if algorithm == "auto":
+        algorithm = "all_to_all"  # one exchange, and nobody gets what it does not keep
+    part = _tree_psum_scatter(plan, axis_name, algorithm, scatter_dimension % rank, of_nodes, leaves)
     return cast(part, dtype or jnp.float32)
 
 
@@ -159,11 +166,13 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
     return plan
 
 
-def _choose(plan: Schedule, leaves: Array, algorithm: Algorithm) -> str:
-    if algorithm != "auto":
-        return algorithm
-    size = 4 * leaves.size // leaves.shape[0]
-    return "all_gather" if plan.ranks <= 2 or size <= _SMALL else "all_to_all"
+def _choose(plan: Schedule, size: int, result: np.dtype[Any]) -> Algorithm:
+    """For nodes of ``size`` bytes, summed on every rank."""
+    others = plan.ranks - 1
+    gathered = others * plan.width * size
+    exchanged = others * (plan.width * size + size * result.itemsize // 4) // plan.ranks
+    worth = _WORTH_AN_EXCHANGE["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    return "all_gather" if gathered - exchanged <= worth else "all_to_all"
 
 
 # The tree, on one rank and across ranks -------------------------------------------------------------------------------
@@ -243,22 +252,24 @@ def _butterfly(axis_name: str, ranks: int, x: Array) -> Array:
 # result once, with weight one.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _tree_psum(plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _tree_psum(
+    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, dtype: np.dtype[Any], values: Array
+) -> Array:
     nodes = vary(values if of_nodes else _local_nodes(plan, axis_name, values), axis_name)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     if algorithm == "all_gather":
-        return _finish(plan, all_gather(nodes, axis_name)).reshape(shape)
+        return cast(_finish(plan, all_gather(nodes, axis_name)), dtype).reshape(shape)
     size = nodes.shape[1]
     nodes = jnp.pad(nodes, ((0, 0), (0, -size % plan.ranks)))
     if algorithm == "butterfly":
         total = _butterfly(axis_name, plan.ranks, nodes[0])
         if axis_name not in varying_axes(total):  # check_vma=False, or vmap: nobody asks for the type
-            return total[:size].reshape(shape)
+            return cast(total[:size], dtype).reshape(shape)
         part = _own_slice(axis_name, plan.ranks, total)  # only a gather makes a value invariant by type
     else:
         part = _scatter_first(plan, axis_name, algorithm, nodes)
-    return all_gather(part, axis_name, tiled=True)[:size].reshape(shape)
+    return all_gather(cast(part, dtype), axis_name, tiled=True)[:size].reshape(shape)
 
 
 def _spread(plan: Schedule, axis_name: str, of_nodes: bool, cotangent: Array) -> Array:
@@ -273,14 +284,16 @@ def _spread(plan: Schedule, axis_name: str, of_nodes: bool, cotangent: Array) ->
     return jnp.where(used.reshape(-1, *[1] * (cotangent.ndim - 1)), cotangent, 0.0)
 
 
-def _tree_psum_fwd(plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array) -> tuple[Array, None]:
-    return _tree_psum(plan, axis_name, algorithm, of_nodes, values), None
+def _tree_psum_fwd(
+    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, dtype: np.dtype[Any], values: Array
+) -> tuple[Array, None]:
+    return _tree_psum(plan, axis_name, algorithm, of_nodes, dtype, values), None
 
 
 def _tree_psum_bwd(
-    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, _: None, cotangent: Array
+    plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, dtype: np.dtype[Any], _: None, cotangent: Array
 ) -> tuple[Array]:
-    return (_spread(plan, axis_name, of_nodes, cotangent),)
+    return (_spread(plan, axis_name, of_nodes, cotangent.astype(jnp.float32)),)
 
 
 _tree_psum.defvjp(_tree_psum_fwd, _tree_psum_bwd)

@@ -151,7 +151,7 @@ def test_without_the_check_of_varying_axes(rng, tree, ranks):
 @pytest.mark.parametrize("small", [0, 1 << 40])
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_auto_chooses_by_size_alone(rng, monkeypatch, ranks, small):
-    monkeypatch.setattr(collectives, "_SMALL", small)
+    monkeypatch.setitem(collectives._WORTH_AN_EXCHANGE, "cpu", small)
     tree = Tree(8)
     leaves = leaf_values(rng, tree, 25)
     run = sharded(lambda v: tree_psum(v, "tp", tree=tree), ranks)
@@ -166,14 +166,17 @@ def test_another_dtype_is_one_rounding_of_the_root(rng, tree, ranks, dtype):
     plan = schedule(tree, ranks)
     leaves = rng.standard_normal((tree.leaves, 40 * ranks)).astype(np.float32)
 
-    def both(v):
-        total = tree_psum(v, "tp", tree=tree, dtype=dtype)
+    def everything(v):
+        totals = [tree_psum(v, "tp", tree=tree, dtype=dtype, algorithm=name) for name in algorithms(plan)]
         # Widened inside the program: XLA may not skip the rounding.
-        return total, total.astype(jnp.float32), tree_psum_scatter(v, "tp", tree=tree, dtype=dtype)
+        wide = [total.astype(jnp.float32) for total in totals]
+        return totals, wide, tree_psum_scatter(v, "tp", tree=tree, dtype=dtype)
 
     root = reduced(tree, leaves).astype(dtype)
-    got = sharded(both, ranks, out_specs=(P(), P(), P("tp")))(by_slot(leaves, plan))
-    assert_bitwise_equal(got, (root, root.astype(np.float32), root))
+    totals, wide, part = sharded(everything, ranks, out_specs=(P(), P(), P("tp")))(by_slot(leaves, plan))
+    for name, total, widened in zip(algorithms(plan), totals, wide, strict=True):
+        assert_bitwise_equal((total, widened), (root, root.astype(np.float32)), name)
+    assert_bitwise_equal(part, root)
     if tree.leaves > 2:
         at_every_node = tree.reduce(list(leaves.astype(dtype)), np.add)
         assert (bits(at_every_node) != bits(root)).any(), "rounding at the nodes is another number"

@@ -231,7 +231,10 @@ def _summed(
     elif alone:
         total = all_gather(vary(parts, axis_name), axis_name, axis=0, tiled=True)[0]  # the same on all ranks, by type
     elif scatter_dimension is None:
-        total = tree_psum(parts, axis_name, tree=tree, algorithm=algorithm, of_nodes=plan.is_uniform)
+        rounded_early = result if bias is None else jnp.dtype(jnp.float32)
+        total = tree_psum(
+            parts, axis_name, tree=tree, dtype=rounded_early, algorithm=algorithm, of_nodes=plan.is_uniform
+        )
     else:
         total = tree_psum_scatter(
             parts,
@@ -389,7 +392,9 @@ def _column_bwd(
     plan, nodes = _local_nodes(tree, axis_name)
     of_product = x.dtype if axis_name is None else jnp.dtype(jnp.float32)
     parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, layout="lkn", dtype=of_product)
-    dx = parts[0] if axis_name is None else tree_psum(parts, axis_name, tree=tree, of_nodes=plan.is_uniform)
+    dx = parts[0]
+    if axis_name is not None:
+        dx = tree_psum(parts, axis_name, tree=tree, dtype=x.dtype, of_nodes=plan.is_uniform)
     dw = matmul.weight_gradient(dy, vary_like(x, dy)[:, None])[0]
     return cast(vary_like(dx, x), x.dtype), cast(dw.reshape(slots, n, k), w.dtype)
 
