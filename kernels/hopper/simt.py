@@ -21,6 +21,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+from tbik_jax.kernels.operands import unsliced
+
 Array = jax.Array
 
 THREADS = 128
@@ -51,7 +53,7 @@ def launch(program: Callable[..., None], blocks: int, inputs: Sequence[Array], o
         grid_names=("grid",),
         scratch_types=[plgpu.SMEM((2 * shared * WARPS,), jnp.float32)] if shared else [],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*inputs)
+    )(*unsliced(*inputs))
 
 
 def elementwise(f: Callable[..., Float], *arrays: Array) -> Array:

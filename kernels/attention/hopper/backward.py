@@ -30,6 +30,7 @@ from jax import lax
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.attention.hopper.formula import fma, full
+from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
 Ref = Any
@@ -302,7 +303,7 @@ def _delta(dy: Array, y: Array, length: int) -> Array:
             plgpu.Barrier(num_arrivals=2),
         ],
         compiler_params=PARAMS,
-    )(dy, y)
+    )(*unsliced(dy, y))
 
 
 # dk, dv --------------------------------------------------------------------------------------------------------------
@@ -460,7 +461,7 @@ def _dkv(
         num_threads=3,
         thread_name="wg",
         compiler_params=PARAMS,
-    )(q, k, v, dy, lse, delta, offset)
+    )(*unsliced(q, k, v, dy, lse, delta, offset))
 
 
 # dq ------------------------------------------------------------------------------------------------------------------
@@ -582,4 +583,4 @@ def _dq(
         num_threads=3,
         thread_name="wg",
         compiler_params=PARAMS,
-    )(q, k, v, dy, lse, delta, offset)
+    )(*unsliced(q, k, v, dy, lse, delta, offset))

@@ -25,6 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from tbik_jax.kernels.attention.hopper import formula
 from tbik_jax.kernels.attention.hopper.cache import Cache, swizzled
 from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROWS, SPLIT, TILE
+from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
 Ref = Any
@@ -104,7 +105,7 @@ def attention(
         num_threads=2,
         thread_name="wg",
         compiler_params=formula.PARAMS,
-    )(q, k, v, bounds, *extra)
+    )(*unsliced(q, k, v, bounds, *extra))
     y = found[0] if whole else _merged(*found, bounds, used, q.dtype, tiles)
     return y.reshape(batch, groups, queries, group, dim).swapaxes(1, 2).reshape(batch, queries, heads, dim)
 

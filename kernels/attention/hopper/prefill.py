@@ -24,6 +24,7 @@ from jax import lax
 from tbik_jax.kernels.attention.hopper import formula
 from tbik_jax.kernels.attention.hopper.cache import Cache, swizzled
 from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROWS, TILE
+from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
 Ref = Any
@@ -96,7 +97,7 @@ def attention(
         num_threads=3,
         thread_name="wg",
         compiler_params=formula.PARAMS,
-    )(q, k, v, positions, _bounds(positions), *extra)
+    )(*unsliced(q, k, v, positions, _bounds(positions), *extra))
     return out[0][:, :queries], out[1][:, :, :queries] if with_lse else None
 
 

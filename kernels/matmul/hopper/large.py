@@ -24,6 +24,7 @@ from jax import lax
 from tbik_jax.kernels.hopper import formulas, simt
 from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.program import Program
+from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
 Ref = Any
@@ -127,7 +128,7 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(a, b)
+    )(*unsliced(a, b))
     return result if sizes == padded else result[tuple(slice(sizes[axis]) for axis in problem.out_axes)]
 
 

@@ -25,6 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from tbik_jax.kernels.matmul.hopper import spill
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Operand, Problem, swizzled
+from tbik_jax.kernels.operands import unsliced
 from tbik_jax.tree import Node
 
 Array = jax.Array
@@ -67,7 +68,7 @@ def products(
         cluster=(tiles.split,),
         cluster_names=("cluster",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(a, b)
+    )(*unsliced(a, b))
 
 
 def _round_up(x: int, to: int) -> int:
