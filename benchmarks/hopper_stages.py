@@ -2,15 +2,15 @@
 
     python benchmarks/hopper_stages.py [--out benchmarks/rows/hopper_stages.jsonl]
 
-Sizes are Qwen3-8B's, 8192 and 64 tokens. A backward pass computes what it needs of the forward one. Bytes are those of operands
-and results, each once; where they stay in the L2 cache from one run to the next (always, with 64 tokens) there is only a
+Sizes are Qwen3-8B's, 8192 and 64 tokens. Bytes are those of operands and results, and in a backward pass of
+what the forward one keeps for it, each once; where they stay in the L2 cache from one run to the next (always, with 64 tokens) there is only a
 time, as there they lie in a model too: the stage before has just written them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,45 +75,65 @@ def stages(tokens: int) -> list[tuple[str, Stage, tuple[jax.ShapeDtypeStruct, ..
     ]
 
 
-def backward(f: Callable[..., Any], operands: int, by: int) -> Callable[..., Any]:
-    """The gradients by the first operands; cotangents come behind all of them."""
+def forward_case(name: str, stage: Stage, operands: tuple[jax.ShapeDtypeStruct, ...]) -> Case:
+    ours, plain = stage(Numerics.invariant()), stage(Numerics.plain())
+    moved = [*operands, *jax.tree.leaves(jax.eval_shape(plain, *operands))]
+    draw = partial(normal, operands=operands)
+    return Case(row("forward", name, operands[0]), draw, ours, plain, baseline_is="XLA", bytes=size(moved))
 
-    def run(*values: Any) -> Any:
-        y, pull = jax.vjp(lambda *first: f(*first, *values[by:operands]), *values[:by])
-        return pull(jax.tree.unflatten(jax.tree.structure(y), values[operands:]))
 
-    return run
+def backward_case(name: str, stage: Stage, operands: tuple[jax.ShapeDtypeStruct, ...], by: int) -> Case:
+    """Ours with what its forward pass has kept, as in training; XLA's in one program that recomputes what it likes."""
+    ours, plain = stage(Numerics.invariant()), stage(Numerics.plain())
+    if name == "add + norm":  # XLA's is told the sum, too
+        norm = Numerics.plain().rms_norm
+        plain = lambda total, scale, _: (total, norm(total, scale, _EPS))  # noqa: E731
+    results = jax.eval_shape(ours, *operands)
+    cotangents = jax.tree.leaves(results)
+
+    def gradients(f: Callable[..., Any], values: Sequence[Any]) -> Any:
+        y, pull = jax.vjp(lambda *first: f(*first, *values[by : len(operands)]), *values[:by])
+        return pull(jax.tree.unflatten(jax.tree.structure(y), values[len(operands) :]))
+
+    def draw(key: jax.Array) -> tuple[Any, ...]:
+        values = normal(key, [*operands, *cotangents])
+        _, pull = jax.vjp(lambda *first: ours(*first, *values[by : len(operands)]), *values[:by])
+        return pull, values
+
+    def with_pull(pull: Any, values: Sequence[Any]) -> Any:
+        return pull(jax.tree.unflatten(jax.tree.structure(results), values[len(operands) :]))
+
+    kept, values = jax.eval_shape(draw, jax.random.key(0))
+    moved = [*jax.tree.leaves(kept), *cotangents, *jax.tree.leaves(jax.eval_shape(with_pull, kept, values))]
+    return Case(
+        row("backward", name, operands[0]),
+        draw,
+        with_pull,
+        lambda pull, values: gradients(plain, values),
+        baseline_is="XLA",
+        bytes=size(moved),
+    )
+
+
+def row(suite: str, name: str, first: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """What identifies a row."""
+    shape = list(first.shape)
+    return {"suite": suite, "stage": name, "tokens": shape[0], "shape": shape, "dtype": str(first.dtype)}
+
+
+def size(arrays: Sequence[Any]) -> int:
+    """Bytes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def cases(suite: str) -> list[Case]:
-    ours, plain = Numerics.invariant(), Numerics.plain()
     found = []
     for tokens in TOKENS:
         for name, stage, operands, by in stages(tokens):
-            programs = [stage(ours), stage(plain)]
-            shape = operands[0].shape
-            if suite == "backward":
-                if not by:
-                    continue
-                cotangents = jax.tree.leaves(jax.eval_shape(programs[1], *operands))
-                programs = [backward(f, len(operands), by) for f in programs]
-                operands = (*operands, *cotangents)
-            moved = [*operands, *jax.tree.leaves(jax.eval_shape(programs[1], *operands))]
-            found.append(
-                Case(
-                    {
-                        "suite": suite,
-                        "stage": name,
-                        "tokens": shape[0],
-                        "shape": list(shape),
-                        "dtype": str(operands[0].dtype),
-                    },
-                    partial(normal, operands=operands),
-                    *programs,
-                    baseline_is="XLA",
-                    bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
-                )
-            )
+            if suite == "forward":
+                found.append(forward_case(name, stage, operands))
+            elif by:
+                found.append(backward_case(name, stage, operands, by))
     return found
 
 
