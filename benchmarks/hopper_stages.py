@@ -2,9 +2,9 @@
 
     python benchmarks/hopper_stages.py [--out benchmarks/rows/hopper_stages.jsonl]
 
-Sizes are Qwen3-8B's, 8192 and 64 tokens. Bytes are those of operands and results, and in a backward pass of
-what the forward one keeps for it, each once; where they stay in the L2 cache from one run to the next (always, with 64 tokens) there is only a
-time, as there they lie in a model too: the stage before has just written them.
+Sizes are Qwen3-8B's, 8192 and 64 tokens. Bytes are those of operands and results, and in a backward pass of what the
+forward one keeps for it, each once; where they stay in the L2 cache from one run to the next (always, with 64 tokens) there
+is only a time, as there they lie in a model too: the stage before has just written them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stages(tokens: int) -> list[tuple[str, Stage, tuple[jax.ShapeDtypeStruct, ..
         return lambda x, scale, y: n.add_rms_norm(x, y, scale, _EPS)
 
     def norm_rope(n: Numerics) -> Callable[..., Any]:
-        return lambda x, scale, cos, sin: n.norm_rope(x, scale, _EPS, cos, sin)
+        return lambda q, k, q_scale, k_scale, cos, sin: n.norm_rope(q, k, q_scale, k_scale, _EPS, cos, sin)
 
     def log_sum_exp(n: Numerics) -> Callable[..., Any]:
         if n.kind == "plain":
@@ -66,7 +66,7 @@ def stages(tokens: int) -> list[tuple[str, Stage, tuple[jax.ShapeDtypeStruct, ..
         ("norm", norm, (x, of(HIDDEN)), 2),
         ("add + norm", add_norm, (x, of(HIDDEN), x), 2),
         ("norm", norm, (q, of(HEAD_DIM)), 2),
-        ("norm + rope", norm_rope, (q, of(HEAD_DIM), *angles), 2),
+        ("norm + rope, q and k", norm_rope, (q, k, *(of(HEAD_DIM),) * 2, *angles), 4),
         ("rope", lambda n: n.rope, (q, *angles), 0),
         ("rope", lambda n: n.rope, (k, *angles), 0),
         ("add", lambda n: n.add, (x, x), 0),

@@ -336,18 +336,19 @@ def _stage(name: str, width: int) -> Case:
     def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
         return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
 
-    def norm_rope(x: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        return norms.rms_norm_rope(x, scale, cos, sin, 1e-6)
+    def norm_rope(q: jax.Array, k: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
+        return norms.rms_norm_rope((q, k), (scale, scale), cos, sin, 1e-6)
 
     rows: Shape = ((8192, width), "bfloat16")
     scale: Shape = ((width,), "bfloat16")
-    heads, angles = ((8192, 32, width), "bfloat16"), ((8192, width // 2), "float32")
+    heads, kv_heads = ((8192, 32, width), "bfloat16"), ((8192, 8, width), "bfloat16")
+    angles = (8192, width // 2), "float32"
     stages: dict[str, Case] = {
         "rms-norm": (lambda x, scale: norms.rms_norm(x, scale, 1e-6)[1], (rows, scale)),
         "add-rms-norm": (lambda x, y, scale: norms.rms_norm(x, scale, 1e-6, y), (rows, rows, scale)),
         "rms-norm-gradients": (rms_norm_gradients, (rows, rows, rows, scale)),
         "rope": (maps.rope, (heads, angles, angles)),
-        "norm-rope": (norm_rope, (heads, scale, angles, angles)),
+        "norm-rope": (norm_rope, (heads, kv_heads, scale, angles, angles)),
         "add": (maps.add, (rows, rows)),
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),

@@ -1,4 +1,4 @@
-"""RMSNorm of queries or keys and their rotation, as Qwen3 has them."""
+"""RMSNorm of queries and keys and their rotation, as Qwen3 has them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,68 @@ from tbik_jax.kernels.rope import rope
 Array = jax.Array
 
 
-def norm_rope(x: Array, scale: Array, cos: Array, sin: Array, *, eps: float) -> Array:
-    """``rope(rms_norm(x, scale), cos, sin)`` of ``x [..., heads, D]``, in one pass over memory where there is a kernel for it.
+def norm_rope(
+    q: Array, k: Array, q_scale: Array, k_scale: Array, cos: Array, sin: Array, *, eps: float
+) -> tuple[Array, Array]:
+    """``rope(rms_norm(x, scale), cos, sin)`` of queries and of keys, in one pass over memory where there is a kernel for it.
+
+    Args:
+        q, k: ``[..., heads, D]`` and ``[..., kv_heads, D]``, one dtype.
+        q_scale, k_scale: ``[D]``.
+        cos, sin: ``[..., D / 2]`` f32, as for :func:`tbik_jax.kernels.rope.rope`.
+        eps: Of the norms.
+
+    Returns:
+        Both, in their shapes and dtype.
 
     Guarantee: the bits of :func:`tbik_jax.kernels.rms_norm.rms_norm` and :func:`tbik_jax.kernels.rope.rope` one after the
     other, forward and backward, rounded to the dtype of ``x`` between them. Raises what they raise.
     """
     if backend.family() == "cpu":
-        return rope(rms_norm(x, scale, eps=eps), cos, sin)
-    return _norm_rope(float(eps), x, scale, cos, sin)
+        return _apart(float(eps), q, k, q_scale, k_scale, cos, sin)
+    return _norm_rope(float(eps), q, k, q_scale, k_scale, cos, sin)
+
+
+def _apart(
+    eps: float, q: Array, k: Array, q_scale: Array, k_scale: Array, cos: Array, sin: Array
+) -> tuple[Array, Array]:
+    return rope(rms_norm(q, q_scale, eps=eps), cos, sin), rope(rms_norm(k, k_scale, eps=eps), cos, sin)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm_rope(eps: float, x: Array, scale: Array, cos: Array, sin: Array) -> Array:
+def _norm_rope(
+    eps: float, q: Array, k: Array, q_scale: Array, k_scale: Array, cos: Array, sin: Array
+) -> tuple[Array, Array]:
     from tbik_jax.kernels.hopper import call, norms
 
-    if x.shape[-1] not in norms.ROTATED:
-        return rope(rms_norm(x, scale, eps=eps), cos, sin)
-    return call("norm_rope", partial(norms.rms_norm_rope, eps=eps), x, scale, cos, sin)
+    fits = q.shape[-1] in norms.ROTATED and q.dtype == k.dtype and q.shape[:-2] == k.shape[:-2]
+    if not fits or q.shape[-1] != k.shape[-1]:
+        return _apart(eps, q, k, q_scale, k_scale, cos, sin)
+
+    def both(q: Array, k: Array, q_scale: Array, k_scale: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+        q, k = norms.rms_norm_rope((q, k), (q_scale, k_scale), cos, sin, eps)
+        return q, k
+
+    return call("norm_rope", both, q, k, q_scale, k_scale, cos, sin)
+
+
+_Saved = tuple[Array, Array, Array, Array, Array, Array]
 
 
 def _forward(
-    eps: float, x: Array, scale: Array, cos: Array, sin: Array
-) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    return _norm_rope(eps, x, scale, cos, sin), (x, scale, cos, sin)
+    eps: float, q: Array, k: Array, q_scale: Array, k_scale: Array, cos: Array, sin: Array
+) -> tuple[tuple[Array, Array], _Saved]:
+    return _norm_rope(eps, q, k, q_scale, k_scale, cos, sin), (q, k, q_scale, k_scale, cos, sin)
 
 
-def _backward(eps: float, saved: tuple[Array, Array, Array, Array], dy: Array) -> tuple[Array, Array, Array, Array]:
-    x, scale, cos, sin = saved
-    _, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)
-    dx, dscale = pull(rope(dy, cos, -sin))
-    return dx, dscale, jnp.zeros_like(cos), jnp.zeros_like(sin)
+def _backward(eps: float, saved: _Saved, given: tuple[Array, Array]) -> _Saved:
+    q, k, q_scale, k_scale, cos, sin = saved
+    found = []
+    for x, scale, dy in ((q, q_scale, given[0]), (k, k_scale, given[1])):
+        _, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)
+        found.append(pull(rope(dy, cos, -sin)))
+    (dq, dq_scale), (dk, dk_scale) = found
+    return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
 _norm_rope.defvjp(_forward, _backward)

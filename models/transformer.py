@@ -120,8 +120,8 @@ class Block(nnx.Module):
         q, k, v = self.qkv(numerics, normal)
         q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
         if config.qk_norm:
-            q = numerics.norm_rope(q, self.q_norm[...], config.rms_norm_eps, *rotary)
-            k = numerics.norm_rope(k, self.k_norm[...], config.rms_norm_eps, *rotary)
+            norms = self.q_norm[...], self.k_norm[...]
+            q, k = numerics.norm_rope(q, k, *norms, config.rms_norm_eps, *rotary)
         else:
             q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -94,8 +94,10 @@ class Numerics(ABC):
         """See :func:`tbik_jax.dense.rope`."""
 
     @abstractmethod
-    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
-        """``rope(rms_norm(x, scale, eps), cos, sin)``; see :func:`tbik_jax.dense.norm_rope`."""
+    def norm_rope(
+        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+    ) -> tuple[Array, Array]:
+        """``rope(rms_norm(x, scale, eps), cos, sin)`` of both; see :func:`tbik_jax.dense.norm_rope`."""
 
     @abstractmethod
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -156,8 +158,10 @@ class Invariant(Numerics):
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         return dense.rope(x, cos, sin)
 
-    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
-        return dense.norm_rope(x, scale, cos, sin, eps=eps)
+    def norm_rope(
+        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+    ) -> tuple[Array, Array]:
+        return dense.norm_rope(q, k, q_scale, k_scale, cos, sin, eps=eps)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return dense.swiglu(gate, up)
@@ -224,8 +228,11 @@ class Plain(Numerics):
         cos, sin = cos[..., None, :], sin[..., None, :]
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
-    def norm_rope(self, x: Array, scale: Array, eps: float, cos: Array, sin: Array) -> Array:
-        return self.rope(self.rms_norm(x, scale, eps), cos, sin)
+    def norm_rope(
+        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+    ) -> tuple[Array, Array]:
+        q, k = self.rms_norm(q, q_scale, eps), self.rms_norm(k, k_scale, eps)
+        return self.rope(q, cos, sin), self.rope(k, cos, sin)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)

@@ -26,6 +26,8 @@ TOKENS = 16
 ROTATED = (64, 128, 256)
 _FAN_IN = 32
 _LARGEST = 16384
+#: Up to so many rows arrays share a launch, which costs registers; more rows fill the device by themselves.
+_FEW = 16384
 
 
 def lanes(d: int) -> int:
@@ -49,16 +51,27 @@ def rms_norm(x: Array, scale: Array, eps: float, residual: Array | None = None) 
     return total[:, :d].reshape(shape), normal[:, :d].reshape(shape)
 
 
-def rms_norm_rope(x: Array, scale: Array, cos: Array, sin: Array, eps: float) -> Array:
-    """The norm of every head of ``x [..., heads, D]``, rotated, for D of :data:`ROTATED`; tables as in `maps.rope`."""
-    *leading, heads, d = x.shape
+def rms_norm_rope(
+    xs: Sequence[Array], scales: Sequence[Array], cos: Array, sin: Array, eps: float
+) -> tuple[Array, ...]:
+    """The norm of every head of each ``x [..., heads, D]``, rotated, for D of :data:`ROTATED`; tables as in `maps.rope`."""
+    leading, d = xs[0].shape[:-2], xs[0].shape[-1]
     cos, sin = (jnp.broadcast_to(table, (*leading, d // 2)) for table in (cos, sin))
-    if not x.size:
-        return x
-    rows = x.size // d
-    program = partial(_forward_rotated, rows=rows, heads=heads, d=d, eps=eps)
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return simt.launch(program, -(-rows // _rows_of_block(d)), (x, scale, cos, sin), out)
+    if not cos.size:
+        return tuple(xs)
+    heads = tuple(x.shape[-2] for x in xs)
+    if len(xs) > 1 and math.prod(leading) * sum(heads) > _FEW:
+        return tuple(
+            y for x, scale in zip(xs, scales, strict=True) for y in rms_norm_rope((x,), (scale,), cos, sin, eps)
+        )
+    program = partial(_forward_rotated, tokens=math.prod(leading), heads=heads, d=d, eps=eps)
+    blocks = sum(_blocks_of(math.prod(leading) * count, d) for count in heads)
+    out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs)
+    return tuple(simt.launch(program, blocks, (*xs, *scales, cos, sin), out))
+
+
+def _blocks_of(rows: int, d: int) -> int:
+    return -(-rows // _rows_of_block(d))
 
 
 def rms_norm_gradients(
@@ -179,24 +192,40 @@ def _normals(m: Any, chunks: Any, scales: Any, count: int, mean: float, eps: flo
     ]
 
 
-def _forward_rotated(
-    m: Any, x: Any, scale: Any, cos: Any, sin: Any, y: Any, *, rows: int, heads: int, d: int, eps: float
-) -> None:
-    """A thread has both elements of every pair, and the angles of the first half's chunks."""
+def _forward_rotated(m: Any, *refs: Any, tokens: int, heads: tuple[int, ...], d: int, eps: float) -> None:
+    """A thread has both elements of every pair, and the angles of the first half's chunks. Each array has blocks of its own."""
+    arrays = len(heads)
+    xs, scales, (cos, sin), ys = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays : -arrays], refs[-arrays:]
     count = lanes(d)
-    row = m.block * (simt.THREADS // count) + m.thread // count
-    inside = row < rows
-    base, table = m.wide(row) * d, m.wide(row // heads) * (d // 2)
     columns = [at for at, _ in _columns(m, d)]
     half = len(columns) // 2
-    chunks = [m.load(x, base + at, CHUNK, inside) for at in columns]
-    scales = [m.load(scale, m.wide(at), CHUNK) for at in columns]
-    angles = [[m.load(of, table + at, CHUNK, inside) for of in (cos, sin)] for at in columns[:half]]
-    normals = [m.rounded(normal, y) for normal in _normals(m, chunks, scales, count, 1.0 / d, eps)]
-    for first, second, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
-        turned = [rotate(*pair) for pair in zip(first, second, c, s, strict=True)]
-        m.store(y, base + at, [a for a, _ in turned], inside)
-        m.store(y, base + at + d // 2, [b for _, b in turned], inside)
+    rows, insides, first = [], [], 0
+    for of_token in heads:
+        row = (m.block - first) * (simt.THREADS // count) + m.thread // count
+        rows.append(row)
+        insides.append((m.block * 0 - 1 < m.block - first) & (row < tokens * of_token))
+        first += _blocks_of(tokens * of_token, d)
+
+    def of_mine(loads: Sequence[list[Any]]) -> list[Any]:
+        found = loads[0]
+        for inside, values in zip(insides[1:], loads[1:], strict=True):
+            found = [m.select(inside, b, a) for a, b in zip(found, values, strict=True)]
+        return found
+
+    def load(of: Sequence[Any], places: Sequence[Any]) -> list[Any]:
+        return of_mine([m.load(*one, CHUNK, inside) for *one, inside in zip(of, places, insides, strict=True)])
+
+    bases = [m.wide(row) * d for row in rows]
+    tables = [m.wide(row // of_token) * (d // 2) for row, of_token in zip(rows, heads, strict=True)]
+    chunks = [load(xs, [base + at for base in bases]) for at in columns]
+    factors = [load(scales, [m.wide(at)] * arrays) for at in columns]
+    angles = [[load([of] * arrays, [table + at for table in tables]) for of in (cos, sin)] for at in columns[:half]]
+    normals = [m.rounded(normal, ys[0]) for normal in _normals(m, chunks, factors, count, 1.0 / d, eps)]
+    for lower, upper, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
+        turned = [rotate(*pair) for pair in zip(lower, upper, c, s, strict=True)]
+        for y, base, inside in zip(ys, bases, insides, strict=True):
+            m.store(y, base + at, [a for a, _ in turned], inside)
+            m.store(y, base + at + d // 2, [b for _, b in turned], inside)
 
 
 def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, beside: bool) -> None:

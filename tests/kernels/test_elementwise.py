@@ -230,13 +230,16 @@ def test_the_residual_sum_and_its_norm_in_one_step(rng, dtype, shape):
 @every_dtype
 @pytest.mark.parametrize("heads, d", [(3, 64), (8, 128), (2, 256), (5, 10)])
 def test_heads_normalised_and_turned_in_one_step(rng, dtype, heads, d):
-    x, dy = (rng.standard_normal((2, 9, heads, d)).astype(dtype) for _ in range(2))
-    scale, angle = rng.standard_normal(d).astype(dtype), rng.uniform(0, 100, (2, 9, d // 2))
+    q, k, dq, dk = (rng.standard_normal((2, 9, n, d)).astype(dtype) for n in (heads, 2, heads, 2))
+    scales = [rng.standard_normal(d).astype(dtype) for _ in range(2)]
+    angle = rng.uniform(0, 100, (2, 9, d // 2))
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    y, pull = jax.vjp(lambda x, scale: norm_rope(x, scale, cos, sin, eps=EPS), x, scale)
-    want, pull_apart = jax.vjp(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), x, scale)
-    assert_bitwise_equal(y, want, "forward")
-    assert_bitwise_equal(pull(dy), pull_apart(dy), "backward")
+    (y, z), pull = jax.vjp(lambda *v: norm_rope(*v, cos, sin, eps=EPS), q, k, *scales)
+    gradients = pull((dq, dk))
+    for i, (x, dx, got) in enumerate(((q, dq, y), (k, dk, z))):
+        want, pull_apart = jax.vjp(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), x, scales[i])
+        assert_bitwise_equal(got, want, "forward")
+        assert_bitwise_equal((gradients[i], gradients[2 + i]), pull_apart(dx), "backward")
 
 
 @pytest.mark.invariance

@@ -21,6 +21,7 @@ from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax
 from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.hopper import formulas, simt, sums
 from tbik_jax.kernels.hopper.spec import norm, norm_gradients, rotated, row_sum
+from tbik_jax.kernels.norm_rope import norm_rope
 from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
@@ -94,6 +95,18 @@ def test_rotations_are_products_and_sums(rng, heads, d, dtype):
     cos, sin = np.cos(angle).astype(f32), np.sin(angle).astype(f32)
     y, pull = jax.vjp(lambda x: rope(x, cos, sin), x)
     assert_bitwise_equal((y, pull(dy)[0]), (rotated(x, cos, sin), rotated(dy, cos, -sin)))
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, d", [(1, 1, 64), (3, 1, 128), (32, 8, 128), (5, 2, 256), (3, 1, 66)])
+def test_queries_and_keys_are_normalised_and_turned_in_one_step(rng, heads, kv_heads, d, dtype):
+    q, k = normal(rng, 19, heads, d, dtype=dtype), normal(rng, 19, kv_heads, d, dtype=dtype)
+    q_scale, k_scale = normal(rng, d, dtype=dtype), normal(rng, d, dtype=dtype)
+    angle = rng.uniform(0, 100, (19, d // 2))
+    cos, sin = np.cos(angle).astype(f32), np.sin(angle).astype(f32)
+    want = rotated(norm(q, q_scale, EPS), cos, sin), rotated(norm(k, k_scale, EPS), cos, sin)
+    assert_bitwise_equal(norm_rope(q, k, q_scale, k_scale, cos, sin, eps=EPS), want)
 
 
 @pytest.mark.invariance
