@@ -185,8 +185,15 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
 
     The maximum is exact in any order; exponentials are summed by a fixed tree inside a leaf and the canonical tree over
     leaves.
+
+    Guarantee: as :func:`log_softmax`. The gradient is ``softmax * dy``, elementwise.
     """
     vocabulary.check("dense.log_sum_exp", "logits", logits.shape[-1])
+    return _log_sum_exp(vocabulary, logits)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_sum_exp(vocabulary: Vocabulary, logits: Array) -> Array:
     logits = mask_logits(logits.astype(jnp.float32), vocabulary)
     top = jnp.max(logits, axis=-1)
     if vocabulary.axis_name is not None:
@@ -197,6 +204,20 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
     else:
         total = tree_psum(leaves, vocabulary.axis_name, tree=vocabulary.tree)
     return top + log(total)
+
+
+def _log_sum_exp_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tuple[Array, Array]]:
+    total = _log_sum_exp(vocabulary, logits)
+    return total, (logits, total)
+
+
+def _log_sum_exp_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    logits, total = saved
+    p = exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])
+    return (cast(product(p, dy[..., None]), logits.dtype),)
+
+
+_log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
 
 
 def _leaf_sums(x: Array, vocabulary: Vocabulary, top: Array | None = None) -> Array:

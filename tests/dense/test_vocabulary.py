@@ -100,6 +100,7 @@ def wanted(
         "d_table": d_table.astype(table.dtype),
         "logits": y[:, :end],
         "log_sum_exp": total,
+        "d_lse_logits": (p * d_loss[:, None])[:, :end],
         "log_p": log_p[:, :end],
         "d_logits": d_logits[:, :end],
         "loss": np.where(known, total - np.take_along_axis(y, np.where(known, labels, 0)[:, None], 1)[:, 0], 0),
@@ -144,12 +145,14 @@ def on_every_rank(vocabulary: Vocabulary, tokens, table, hidden, labels, dy, d_l
     loss, pull_loss = jax.vjp(
         lambda hidden, table: cross_entropy(logits(hidden, table, vocabulary), labels, vocabulary), hidden, table
     )
+    total, pull_total = jax.vjp(lambda y: log_sum_exp(y, vocabulary), y)
     d_hidden, d_head = pull_loss(d_loss)
     return {
         "embedding": rows,
         "d_table": pull_rows(dy)[0],
         "logits": gather_logits(y, vocabulary),
-        "log_sum_exp": log_sum_exp(y, vocabulary),
+        "log_sum_exp": total,
+        "d_lse_logits": pull_total(d_loss)[0],
         "log_p": log_p,
         "d_logits": pull_log_p(d_log_p)[0],
         "loss": loss,
@@ -164,6 +167,7 @@ OUT = {
     "d_table": ROWS,
     "logits": WHOLE,
     "log_sum_exp": WHOLE,
+    "d_lse_logits": COLUMNS,
     "log_p": COLUMNS,
     "d_logits": COLUMNS,
     "loss": WHOLE,
