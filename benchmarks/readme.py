@@ -93,6 +93,40 @@ def whole_model() -> str:
     return "\n".join([*lines, "", f"{used[0]['model']}: {'; '.join(found)}."])
 
 
+def digests() -> str:
+    """How many digests the ways to run a model gave on a GPU, in its newest rows."""
+    rows = [json.loads(line) for line in (ROWS / "hopper_bits.jsonl").read_text(encoding="utf-8").splitlines()]
+    newest = {(row["model"], row["numerics"]): row for row in rows}
+    names = {"qwen3": "Qwen3-8B's sizes, 2 layers, random weights", "smollm2": "SmolLM2-135M, its weights"}
+    lines = ["| model | numerics | ways | logits of all positions | continuations |", "|---|---|---|---|---|"]
+    for (model, numerics), row in newest.items():
+        counts = (f"{row[f'digests_of_{kind}']} digests" for kind in ("all_positions", "continuations"))
+        cells = [
+            names[model],
+            numerics,
+            str(len(row["ways"])),
+            *(text.replace("1 digests", "1 digest") for text in counts),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest.values())
+    return "\n".join([*lines, "", f"{rows[-1]['dtype']}; {'; '.join(where)}."])
+
+
+def several_gpus() -> str:
+    """Times over plain ones on several GPUs, and whether bits were equal."""
+    rows = [json.loads(line) for line in (ROWS / "multi_gpu.jsonl").read_text(encoding="utf-8").splitlines()]
+    models = [row for row in rows if row["section"] == "model" and row["numerics"] != "plain"]
+    lines = ["| work | GPUs | numerics | invariant / plain |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['work']} | {row['tp']} | {row['numerics']} | {row['over_plain']:.2f} ({row['ms']:.1f} ms) |"
+        for row in models
+    ]
+    compared = [row["bits"] for row in rows if "bits" in row]
+    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in rows)
+    equal = "all equal" if set(compared) == {"equal"} else "NOT all equal"
+    return "\n".join([*lines, "", f"{len(compared)} comparisons of bits, {equal}. {'; '.join(where)}."])
+
+
 def hopper_rows(path: Path) -> list[dict[str, Any]]:
     """The newest row of everything that was measured on every device; none if there is no such file."""
     if not path.exists():
@@ -243,9 +277,14 @@ def _of_copy(row: dict[str, Any]) -> str:
     return f"{row['of_copy']:.2f}, {row['baseline_of_copy']:.2f}" if "of_copy" in row else "-"
 
 
+def card() -> list[tuple[str, str]]:
+    """Tables of what only GPUs can show."""
+    return [("digests", digests()), ("several", several_gpus())]
+
+
 def written(text: str, hopper_from: Path = HOPPER_ROWS) -> str:
     """README.md with the tables that the rows give."""
-    for name, table in (("verified", verified()), ("cost", cost()), ("model", whole_model())):
+    for name, table in (("verified", verified()), ("cost", cost()), ("model", whole_model()), *card()):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
         if count != 1:
