@@ -566,19 +566,30 @@ def test_a_dot_general_that_is_no_linear_layer(lhs, rhs, dimensions, options, me
 # Projections side by side ----------------------------------------------------------------------------------------------
 
 
+PARTS = 33, 8, 1
+
+
 @pytest.mark.invariance
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_projections_side_by_side_are_those_alone(rng, packed, biased):
-    x = jnp.asarray(rng.standard_normal((2, 5, 70)), jnp.bfloat16)
-    parts = 33, 8, 1
-    w = [jnp.asarray(rng.standard_normal((n, 70)), jnp.bfloat16) for n in parts]
-    biases = [jnp.asarray(rng.standard_normal(n), jnp.bfloat16) for n in parts] if biased else None
+def test_projections_side_by_side_are_those_alone(rng, packed, biased, dtype):
+    x = jnp.asarray(rng.standard_normal((2, 5, 333)), dtype)
+    w = [jnp.asarray(rng.standard_normal((n, 333)), dtype) for n in PARTS]
+    biases = [jnp.asarray(rng.standard_normal(n), dtype) for n in PARTS] if biased else None
     joint = jnp.concatenate(w)[None]
-    found = column_parallel_parts(x, pack(joint) if packed else joint, parts, biases)
+    found = column_parallel_parts(x, pack(joint) if packed else joint, PARTS, biases)
     for i, y in enumerate(found):
         alone = column_parallel(x, w[i], biases[i] if biases else None, axis_name=None, contract=Contract(), leaves=1)
         assert_bitwise_equal(y, alone, f"projection {i}")
+
+
+@pytest.mark.invariance
+def test_twin_plain_projections_side_by_side_are_others(rng):
+    x, w = rng.standard_normal((10, 333)), [rng.standard_normal((n, 333)) for n in PARTS]
+    x, *w = (jnp.asarray(a, jnp.float32) for a in (x, *w))
+    joint = jnp.split(jax.jit(jnp.dot)(x, jnp.concatenate(w).T), np.cumsum(PARTS)[:-1].tolist(), axis=-1)
+    assert any((bits(y) != bits(jax.jit(jnp.dot)(x, v.T))).any() for y, v in zip(joint, w, strict=True))
 
 
 @pytest.mark.invariance

@@ -228,6 +228,14 @@ def test_a_weight_may_be_stored_in_any_layout(rng, layout):
 
 
 @pytest.mark.invariance
+def test_twin_a_plain_dot_depends_on_the_layout(rng):
+    x, w = normal(rng, 5, 65), normal(rng, 17, 65)
+    as_rows = jax.jit(lambda x, w: jnp.dot(x, w.T))(x, w)
+    as_columns = jax.jit(jnp.dot)(x, np.ascontiguousarray(w.T))
+    assert (bits(as_rows) != bits(as_columns)).any()
+
+
+@pytest.mark.invariance
 @pytest.mark.parametrize("m", [1, 3, 65])
 def test_constants_are_not_multiplied_while_compiling(rng, m):
     """XLA folds a dot of constants with an evaluator of its own, whose sums have another order."""

@@ -352,7 +352,7 @@ def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: 
         kernel_name="attention_merge",
         grid_names=("pair", "piece"),
         compiler_params=formula.PARAMS,
-    )(acc.reshape(pairs, splits, rows * dim), ml, bounds)
+    )(*unsliced(acc.reshape(pairs, splits, rows * dim), ml, bounds))
     return out[:, : used * dim]
 
 
