@@ -19,19 +19,22 @@ from tbik_jax.models.loading import abstract, check_mesh
 from tbik_jax.models.source import expected_tensors
 from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
+from tbik_jax.shapes import MODELS
 
 Array = jax.Array
+
+_SIZES = MODELS["qwen3-8b"]
 
 #: Qwen3-8B's public configuration.
 QWEN3_8B = ModelConfig(
     architecture="qwen3",
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
+    vocab_size=_SIZES.vocabulary,
+    hidden_size=_SIZES.hidden,
+    intermediate_size=_SIZES.intermediate,
     num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
+    num_heads=_SIZES.heads,
+    num_kv_heads=_SIZES.kv_heads,
+    head_dim=_SIZES.head_dim,
     rms_norm_eps=1e-6,
     rope_theta=1_000_000.0,
     rope_scaling=None,
