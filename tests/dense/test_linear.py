@@ -598,8 +598,8 @@ def test_twin_plain_projections_side_by_side_are_others(rng):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", [3, 70])
 def test_gated_projections_are_the_stages_one_by_one(rng, rows, packed, biased, dtype):
-    x = jnp.asarray(3 * rng.standard_normal((2, rows, 70)), dtype)
-    w = [jnp.asarray(rng.standard_normal((33, 70)), dtype) for _ in range(2)]
+    x = jnp.asarray(3 * rng.standard_normal((2, rows, 333)), dtype)
+    w = [jnp.asarray(rng.standard_normal((33, 333)), dtype) for _ in range(2)]
     biases = [jnp.asarray(rng.standard_normal(33), dtype) for _ in range(2)] if biased else None
     joint = jnp.concatenate(w)[None]
     found = column_parallel_swiglu(x, pack(joint) if packed else joint, biases)
