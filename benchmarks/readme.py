@@ -277,14 +277,16 @@ def _of_copy(row: dict[str, Any]) -> str:
     return f"{row['of_copy']:.2f}, {row['baseline_of_copy']:.2f}" if "of_copy" in row else "-"
 
 
-def card() -> list[tuple[str, str]]:
-    """Tables of what only GPUs can show."""
-    return [("digests", digests()), ("several", several_gpus())]
-
-
 def written(text: str, hopper_from: Path = HOPPER_ROWS) -> str:
     """README.md with the tables that the rows give."""
-    for name, table in (("verified", verified()), ("cost", cost()), ("model", whole_model()), *card()):
+    tables = {
+        "verified": verified(),
+        "cost": cost(),
+        "model": whole_model(),
+        "digests": digests(),
+        "several": several_gpus(),
+    }
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
         if count != 1:

@@ -396,7 +396,7 @@ def _column_bwd(
     if axis_name is not None:
         dx = tree_psum(parts, axis_name, tree=tree, dtype=x.dtype, of_nodes=plan.is_uniform)
     dw = matmul.weight_gradient(dy, vary_like(x, dy)[:, None])[0]
-    return cast(vary_like(dx, x), x.dtype), cast(dw.reshape(slots, n, k), w.dtype)
+    return vary_like(dx, x), cast(dw.reshape(slots, n, k), w.dtype)
 
 
 _column.defvjp(_column_fwd, _column_bwd)

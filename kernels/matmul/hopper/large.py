@@ -96,9 +96,8 @@ class Problem:
     out_dtype: Any
     program: Program
     first: int = 0  # column of b that is the result's first
-    up: int | None = (
-        None  # if given: the result is swiglu(gate, up), `up` the product with the columns of b from there on
-    )
+    # If given, the result is swiglu(gate, up): `up` is the product with the columns of b from there on.
+    up: int | None = None
 
     @property
     def factors(self) -> tuple[int, ...]:
