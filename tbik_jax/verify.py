@@ -189,7 +189,8 @@ def verify(
                 alone = tp > jax.device_count()
                 mesh = make_mesh(tp=1 if alone else tp)
                 model = load(opened.config, source, numerics, mesh, dtype=dtype, ranks=tp if alone else None)
-                generator = Generator(model, mesh, emulate=alone)
+                # A scan over layers compiles many times faster than all of them unrolled, and few tokens are run here.
+                generator = Generator(model, mesh, unroll=False, emulate=alone)
                 for batch in batch_sizes:
                     if progress is not None:
                         progress(f"{kind} {dtype}, mesh {tp}, batch {batch}", done, total)
