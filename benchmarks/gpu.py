@@ -40,7 +40,7 @@ def parts(folder: Path) -> dict[str, list[str]]:
             "--out",
             str(folder / "hopper_bits.jsonl"),
         ],
-        "model": [f"{here}/hopper_model.py", "--groups", "3", "--kernels", "--out", str(folder / "hopper_model.jsonl")],
+        "model": [f"{here}/hopper_model.py", "--kernels", "--out", str(folder / "hopper_model.jsonl")],
         "attention": [f"{here}/hopper_attention.py", "--out", str(folder / "hopper_attention.jsonl")],
         "stages": [f"{here}/hopper_stages.py", "--out", str(folder / "hopper_stages.jsonl")],
         "products": [*bench, "--suites", "large,weight-gradient,input-gradient", "--model", "qwen3-8b"],

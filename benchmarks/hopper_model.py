@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN3_8B.num_layers)
     parser.add_argument("--sides", default="plain,chain,balanced")
     parser.add_argument("--work", default="prefill,decode 1,decode 16,decode 64")
-    parser.add_argument("--groups", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=25)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--unpacked", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="also print the kernels of every work, by time")

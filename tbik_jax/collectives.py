@@ -12,9 +12,13 @@ algorithm              exchange                                 values sent per 
 ``all_to_all``         one slice each, then gather the slices   (nodes + 1) x size              any
 ``recursive_halving``  ``ppermute`` with r ^ 2**i, halves       2 x size                        one node per rank, 2**n
 ``butterfly``          ``ppermute`` with r ^ 2**i, whole        log2(ranks) x size              one node per rank, 2**n
+``direct``             one kernel that reads and writes peers   (nodes + 1) x size              Hopper GPUs, 1 process
 =====================  =======================================  ==============================  ======================
 
 Nodes travel in f32. Slices that are gathered after the sum are rounded to the result's dtype before they travel.
+
+``direct`` wants a mesh whose devices are the first of ``jax.devices()``, in that order, which only JAX sees, and says, when it
+lowers the program. So ``auto`` never chooses it; :class:`tbik_jax.engine.Generator`, which knows its mesh, does.
 
 References: Tree-Based Invariant Kernels, arXiv 2511.17826, section 4.2 (tree all-reduce over power-of-two ranks);
 Thakur, Rabenseifner and Gropp 2005 (recursive halving and doubling).
@@ -32,13 +36,15 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from tbik_jax._axes import all_gather, axis_size, vary, varying_axes
+from tbik_jax._axes import all_gather, axis_size, is_of_mesh, vary, varying_axes
 from tbik_jax._problems import Problems
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.exact import cast, rounded
+from tbik_jax.kernels.hopper import peers
 from tbik_jax.tree import Schedule, Tree, schedule
 
 Array = jax.Array
-Algorithm = Literal["auto", "all_gather", "all_to_all", "recursive_halving", "butterfly"]
+Algorithm = Literal["auto", "all_gather", "all_to_all", "recursive_halving", "butterfly", "direct"]
 
 #: One gather beats two exchanges unless it brings so many bytes more: what a link moves while an exchange starts.
 #: Performance-only; that of GPUs was measured on two H200 with NVLink.
@@ -82,7 +88,7 @@ def tree_psum(
     """
     plan = _plan("tree_psum", leaves, axis_name, tree, algorithm, of_nodes)
     result = jnp.dtype(dtype or jnp.float32)
-    if algorithm == "auto":
+    if algorithm == "auto" or plan.ranks == 1:
         algorithm = _choose(plan, 4 * math.prod(leaves.shape[1:]), result)
     return _tree_psum(plan, axis_name, algorithm, of_nodes, result, leaves)
 
@@ -115,10 +121,17 @@ def tree_psum_scatter(
                 size % plan.ranks == 0,
                 f"dimension {scatter_dimension} of size {size} is not a multiple of the {plan.ranks} ranks; pad it first",
             )
-    if algorithm == "auto":
+    if algorithm == "auto" or plan.ranks == 1:
         algorithm = "all_to_all"  # one exchange, and nobody gets what it does not keep
     part = _tree_psum_scatter(plan, axis_name, algorithm, scatter_dimension % rank, of_nodes, leaves)
     return cast(part, dtype or jnp.float32)
+
+
+def for_mesh(mesh: jax.sharding.Mesh, axis_name: str) -> Algorithm:
+    """The algorithm for sums over an axis of that mesh: ``"direct"`` where it can be, else ``"auto"``. Performance-only."""
+    first = [device.id for device in jax.devices()[: mesh.size]]
+    fits = mesh.shape[axis_name] > 1 and [device.id for device in mesh.devices.flat] == first
+    return "direct" if fits and jax.default_backend() == "gpu" and not _not_direct() else "auto"
 
 
 def tree_all_gather(x: Array, axis_name: str, *, gather_dimension: int = 0) -> Array:
@@ -163,7 +176,26 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
                 f"algorithm {algorithm!r} wants a power of two of ranks with one node each, pairs of pairs above them; "
                 f"not so for {tree.leaves} leaves of shape {tree.levels} over {ranks} ranks. 'auto' chooses one that fits",
             )
+            if algorithm == "direct" and ranks > 1:
+                reasons = _not_direct() + (
+                    [] if is_of_mesh(axis_name) else [f"axis {axis_name!r} is vmap's, no mesh's"]
+                )
+                nodes = sum(map(len, plan.rank_nodes))
+                if nodes > peers.MOST_NODES:
+                    reasons.append(f"{nodes} nodes are more than the {peers.MOST_NODES} that a thread holds")
+                for reason in reasons:
+                    problems.unsupported(f"algorithm 'direct': {reason}. 'auto' chooses one that runs here")
     return plan
+
+
+def _not_direct() -> list[str]:
+    """Why one kernel cannot sum over the GPUs of this process."""
+    here = jax.default_backend()
+    if here != "gpu":
+        return [f"GPUs read each other's memory over NVLink, and the default backend is {here!r}"]
+    backend.family()  # raises on GPUs other than Hopper's
+    count = jax.process_count()
+    return [f"there are {count} processes, and a GPU has no address in another one"] if count > 1 else []
 
 
 def _choose(plan: Schedule, size: int, result: np.dtype[Any]) -> Algorithm:
@@ -203,6 +235,8 @@ def _finish(plan: Schedule, nodes: Array) -> Array:
 def _scatter_first(plan: Schedule, axis_name: str, algorithm: str, nodes: Array) -> Array:
     """``nodes [width, n]``, n a multiple of the ranks -> this rank's ``[n / ranks]`` of the sum."""
     ranks, n = plan.ranks, nodes.shape[1]
+    if algorithm == "direct":
+        return _direct(plan, axis_name, nodes, nodes.dtype, scatter=True)
     if algorithm == "recursive_halving":
         return _halving(axis_name, ranks, nodes[0])
     if algorithm == "butterfly":
@@ -211,6 +245,13 @@ def _scatter_first(plan: Schedule, axis_name: str, algorithm: str, nodes: Array)
         return _own_slice(axis_name, ranks, _finish(plan, lax.all_gather(nodes, axis_name)))
     slices = nodes.reshape(plan.width, ranks, n // ranks).swapaxes(0, 1)
     return _finish(plan, lax.all_to_all(slices, axis_name, split_axis=0, concat_axis=0, tiled=True))
+
+
+def _direct(plan: Schedule, axis_name: str, nodes: Array, dtype: np.dtype[Any], *, scatter: bool = False) -> Array:
+    """The sum, or this rank's slice of it, typed as what it is: the same on all ranks, or not."""
+    counts = [len(found) for found in plan.rank_nodes]
+    total = peers.tree_sum(nodes, axis_name, counts, plan.finish, dtype=dtype, scatter=scatter)
+    return vary(total, *sorted(varying_axes(nodes) - (frozenset() if scatter else {axis_name})))
 
 
 def _own_slice(axis_name: str, ranks: int, x: Array) -> Array:
@@ -258,6 +299,8 @@ def _tree_psum(
 ) -> Array:
     nodes = vary(values if of_nodes else _local_nodes(plan, axis_name, values), axis_name)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
+    if algorithm == "direct":
+        return _direct(plan, axis_name, nodes, dtype).reshape(shape)
     if algorithm == "all_gather":
         return cast(_finish(plan, all_gather(nodes, axis_name)), dtype).reshape(shape)
     size = nodes.shape[1]

@@ -61,7 +61,8 @@ def reduced(tree: Tree, leaves: np.ndarray) -> np.ndarray:
 def algorithms(plan: Schedule) -> list[str]:
     """Every exchange that this mesh can run."""
     pairwise = ["butterfly", "recursive_halving"] if plan.is_butterfly else []
-    return ["all_gather", "all_to_all", *pairwise]
+    direct = ["direct"] if jax.default_backend() == "gpu" else []
+    return ["all_gather", "all_to_all", *pairwise, *direct]
 
 
 def psum_by_all(plan: Schedule) -> Any:
@@ -73,7 +74,8 @@ def sharded(f: Any, ranks: int, *, out_specs: Any = REPLICATED, in_specs: Any = 
 
 
 def test_every_algorithm_is_tested():
-    assert {"auto", *algorithms(schedule(Tree(8), 8))} == set(get_args(collectives.Algorithm))
+    """``direct`` on a CPU: its threads' program, in tests/kernels/test_peers.py."""
+    assert {"auto", "direct", *algorithms(schedule(Tree(8), 8))} == set(get_args(collectives.Algorithm))
 
 
 # Values --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax._problems import Problems
+from tbik_jax.collectives import for_mesh
 from tbik_jax.emulate import emulate
 from tbik_jax.engine.sampling import Sampling, sample
 from tbik_jax.models.linear import DATA, TENSOR
 from tbik_jax.models.transformer import Block, KVCache, Transformer
+from tbik_jax.numerics import Invariant
 
 Array = jax.Array
 
@@ -66,6 +68,9 @@ class Generator:
         emulate: Run a model of several tensor-parallel ranks on a mesh of one device, rank after rank
             (:func:`tbik_jax.emulate`): slow, and the bits of that many devices.
 
+    Where the model's numerics leave the collectives' algorithm to ``"auto"``, it is chosen for this mesh
+    (:func:`tbik_jax.collectives.for_mesh`; performance-only).
+
     Guarantee (invariant numerics): the tokens and logits of a prompt depend on the prompt, its seed, the sampling settings
     and the model's contract; not on the mesh, the batch, or which prompts run beside it.
 
@@ -103,6 +108,8 @@ class Generator:
             unroll = jax.default_backend() == "gpu" and not emulate
         if unroll:
             model.unstack(mesh)
+        if isinstance(model.numerics, Invariant) and model.numerics.algorithm == "auto" and not emulate:
+            model.numerics = replace(model.numerics, algorithm=for_mesh(mesh, TENSOR))
         self._stacked, self._emulated = isinstance(model.blocks, Block), emulate
         self.config, self.numerics, self.mesh = model.config, model.numerics, mesh
         self._dtype = model.dtype
