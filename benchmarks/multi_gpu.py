@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--algorithms", default="auto", help="of the models' collectives; auto: what Generator takes on this mesh"
     )
+    parser.add_argument("--kernels", action="store_true", help="also print what the models' kernels take, of all GPUs")
     parser.add_argument("--groups", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cpu-devices", type=int, help="virtual CPU devices of this process")
@@ -285,7 +286,6 @@ def model(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[st
     from tbik_jax.engine import Generator
     from tbik_jax.numerics import Numerics
 
-    options.kernels = False
     config, make = _model("qwen3-8b", options)
     sides = {
         ("plain", "psum"): hopper_model.Cudnn(),
@@ -304,6 +304,8 @@ def model(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[st
             for work in options.work.split(","):
                 found = hopper_model.measured(generator, work, options)
                 plain.setdefault(work, found["ms"])
+                for name, taken in found.get("kernels", {}).items():
+                    say(f"      {taken:9.3f} ms  {name}")
                 yield {
                     "work": work,
                     "layers": config.num_layers,

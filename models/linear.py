@@ -128,6 +128,13 @@ class Linear(nnx.Module):
             )
         return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, self._local_sizes(), dtype)
 
+    def add_norm(self, numerics: Numerics, x: Array, residual: Array, scale: Array, eps: float) -> tuple[Array, Array]:
+        """A row-parallel product, its sum with ``residual``, and the norm of that."""
+        biases = self._biases()
+        w = self._packed() if self.packed else self.weights[self.names[0]][...]
+        bias = biases[0] if biases else None
+        return numerics.row_add_norm(x, w, bias, TENSOR, self.leaves, residual, scale, eps)
+
     def gated(self, numerics: Numerics, x: Array) -> Array:
         """``swiglu`` of the two projections."""
         if not self.packed:

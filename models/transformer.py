@@ -101,11 +101,11 @@ class Block(nnx.Module):
         """
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
-            y, cache = self._attend(numerics, normal, rotary, positions, cache, layer)
+            heads, cache = self._attend(numerics, normal, rotary, positions, cache, layer)
+            x, normal = self.out.add_norm(numerics, heads, x, self.mlp_norm[...], eps)
         with jax.named_scope("mlp"):
-            x, normal = numerics.add_rms_norm(x, y, self.mlp_norm[...], eps)
-            (y,) = self.down(numerics, self.gate_up.gated(numerics, normal))
-            return *numerics.add_rms_norm(x, y, next_norm, eps), cache
+            gated = self.gate_up.gated(numerics, normal)
+            return *self.down.add_norm(numerics, gated, x, next_norm, eps), cache
 
     def _attend(
         self,
@@ -136,7 +136,7 @@ class Block(nnx.Module):
         if layout.kv_of_head is not None:
             kv_head_of = jnp.array(layout.kv_of_head)[lax.axis_index(TENSOR)]
         y = numerics.attention(q, k, v, positions, config.head_dim**-0.5, kv_head_of)
-        return self.out(numerics, y.reshape(*y.shape[:2], -1))[0], cache
+        return y.reshape(*y.shape[:2], -1), cache
 
 
 def _write(cache: Array, new: Array, layer: Array, positions: Array) -> Array:
@@ -246,8 +246,10 @@ class Transformer(nnx.Module):
         cos, sin = (jnp.asarray(table)[positions] for table in rope_tables(config, length))
         table = self.embedding[...].reshape(-1, config.hidden_size)
         x = numerics.embedding(tokens, table, self.vocabulary)
+        if cache is not None:
+            numerics = numerics.opened(TENSOR, x, (self.layout.head_leaves, self.layout.mlp_leaves))
         run = self._scanned if isinstance(self.blocks, Block) else self._unrolled
-        normal, cache = run(x, (cos, sin), positions, cache)
+        normal, cache = run(numerics, x, (cos, sin), positions, cache)
         if only is not None:
             normal = jnp.take_along_axis(normal, only[:, None, None], axis=1)
         with jax.named_scope("logits"):
@@ -255,7 +257,7 @@ class Transformer(nnx.Module):
         return dense.gather_logits(logits, self.vocabulary), cache
 
     def _scanned(
-        self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
+        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
         graph, stacked = nnx.split(self.blocks)
         norms = self.blocks.attention_norm[...]  # type: ignore[union-attr]
@@ -265,15 +267,15 @@ class Transformer(nnx.Module):
             x, normal, cache = carry
             layer, next_norm, state = of_layer
             block = nnx.merge(graph, state)
-            return block(self.numerics, x, normal, next_norm, rotary, positions, cache, layer), None
+            return block(numerics, x, normal, next_norm, rotary, positions, cache, layer), None
 
         layers = jnp.arange(self.config.num_layers)
-        begin = (x, self.numerics.rms_norm(x, norms[0], self.config.rms_norm_eps), cache)
+        begin = (x, numerics.rms_norm(x, norms[0], self.config.rms_norm_eps), cache)
         (_, normal, cache), _ = lax.scan(one, begin, (layers, next_norms, stacked))
         return normal, cache
 
     def _unrolled(
-        self, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
+        self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
         blocks: Any = self.blocks
         graph, _ = nnx.split(blocks[0])
@@ -282,10 +284,10 @@ class Transformer(nnx.Module):
         def one(
             state: Any, x: Array, normal: Array, next_norm: Array, rotary: Any, positions: Array, cache: KVCache | None
         ) -> Any:
-            return nnx.merge(graph, state)(self.numerics, x, normal, next_norm, rotary, positions, cache, None)
+            return nnx.merge(graph, state)(numerics, x, normal, next_norm, rotary, positions, cache, None)
 
         norms = [block.attention_norm[...] for block in blocks] + [self.final_norm[...]]
-        normal = self.numerics.rms_norm(x, norms[0], self.config.rms_norm_eps)
+        normal = numerics.rms_norm(x, norms[0], self.config.rms_norm_eps)
         caches = []
         for i, block in enumerate(blocks):
             of_layer = None if cache is None else KVCache(cache.k[i], cache.v[i])

@@ -40,7 +40,6 @@ from tbik_jax._axes import all_gather, axis_size, is_of_mesh, vary, varying_axes
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.exact import cast, rounded
-from tbik_jax.kernels.hopper import peers
 from tbik_jax.tree import Schedule, Tree, schedule
 
 Array = jax.Array
@@ -177,6 +176,8 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
                 f"not so for {tree.leaves} leaves of shape {tree.levels} over {ranks} ranks. 'auto' chooses one that fits",
             )
             if algorithm == "direct" and ranks > 1:
+                from tbik_jax.kernels.hopper import peers
+
                 reasons = _not_direct() + (
                     [] if is_of_mesh(axis_name) else [f"axis {axis_name!r} is vmap's, no mesh's"]
                 )
@@ -249,6 +250,8 @@ def _scatter_first(plan: Schedule, axis_name: str, algorithm: str, nodes: Array)
 
 def _direct(plan: Schedule, axis_name: str, nodes: Array, dtype: np.dtype[Any], *, scatter: bool = False) -> Array:
     """The sum, or this rank's slice of it, typed as what it is: the same on all ranks, or not."""
+    from tbik_jax.kernels.hopper import peers
+
     counts = [len(found) for found in plan.rank_nodes]
     total = peers.tree_sum(nodes, axis_name, counts, plan.finish, dtype=dtype, scatter=scatter)
     return vary(total, *sorted(varying_axes(nodes) - (frozenset() if scatter else {axis_name})))

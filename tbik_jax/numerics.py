@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +19,13 @@ from tbik_jax import dense
 from tbik_jax.collectives import Algorithm
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
+from tbik_jax.tree import schedule
 
 Array = jax.Array
 Weight = Any  #: ``[slots, n, K]`` or ``[slots, N, k]`` by leaf, or what the numerics packed it into.
+
+#: From so many on, ``"direct"`` sums rows by a kernel of their own. Performance-only.
+_MANY_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,27 @@ class Numerics(ABC):
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
         """``x [..., slots * k]`` -> the sum over all ranks ``[..., N]``."""
 
+    def row_add_norm(
+        self,
+        x: Array,
+        w: Weight,
+        bias: Array | None,
+        axis: str,
+        leaves: int,
+        residual: Array,
+        scale: Array,
+        eps: float,
+    ) -> tuple[Array, Array]:
+        """:meth:`row`, and :meth:`add_rms_norm` behind it."""
+        return self.add_rms_norm(residual, self.row(x, w, bias, axis, leaves), scale, eps)
+
+    def opened(self, axis: str, x: Array, leaves: Sequence[int]) -> Numerics:
+        """These numerics for one program of inference: with what its sums of rows like ``x``, over so many leaves, share.
+
+        Performance-only. All ranks call it at the same place of the program.
+        """
+        return self
+
     @abstractmethod
     def add(self, x: Array, y: Array) -> Array:
         """The residual sum, in f32, rounded once to the dtype of ``x``."""
@@ -116,9 +142,14 @@ class Numerics(ABC):
 
 @dataclass(frozen=True)
 class Invariant(Numerics):
-    """The contract's arithmetic; ``algorithm`` (performance-only) carries the row-parallel sums."""
+    """The contract's arithmetic; ``algorithm`` (performance-only) carries the row-parallel sums.
+
+    Few rows are not summed by ``"direct"``, whose addresses cost the host more than the sum the GPU: they travel through the
+    ``mailbox`` of a program (:meth:`opened`), or as ``"auto"`` says.
+    """
 
     algorithm: Algorithm = "auto"
+    mailbox: Any = field(default=None, compare=False, repr=False)
     kind: ClassVar[Literal["invariant", "plain"]] = "invariant"
 
     def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight | Array:
@@ -142,9 +173,47 @@ class Invariant(Numerics):
         return dense.column_parallel_swiglu(x, w, biases or None)
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
+        few = self.algorithm == "direct" and math.prod(x.shape[:-1]) < _MANY_ROWS
+        algorithm: Algorithm = "auto" if few else self.algorithm
         return dense.row_parallel(
-            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, algorithm=self.algorithm
+            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, algorithm=algorithm
         )
+
+    def row_add_norm(
+        self,
+        x: Array,
+        w: Weight,
+        bias: Array | None,
+        axis: str,
+        leaves: int,
+        residual: Array,
+        scale: Array,
+        eps: float,
+    ) -> tuple[Array, Array]:
+        if self.mailbox is None or bias is not None:
+            return super().row_add_norm(x, w, bias, axis, leaves, residual, scale, eps)
+        return dense.row_parallel_add_norm(
+            x,
+            w,
+            residual,
+            scale,
+            eps=eps,
+            axis_name=axis,
+            contract=self.contract,
+            leaves=leaves,
+            mailbox=self.mailbox,
+        )
+
+    def opened(self, axis: str, x: Array, leaves: Sequence[int]) -> Invariant:
+        ranks, rows, d = lax.axis_size(axis), math.prod(x.shape[:-1]), x.shape[-1]
+        if self.algorithm != "direct" or ranks == 1:
+            return self
+        from tbik_jax.kernels.hopper import mailbox
+
+        plans = [schedule(self.contract.tree_over(count), ranks) for count in leaves]
+        if not all(mailbox.fits(rows, d, [len(nodes) for nodes in plan.rank_nodes]) for plan in plans):
+            return self
+        return replace(self, mailbox=mailbox.open_mailbox(axis, ranks, max(plan.width for plan in plans), rows, d))
 
     def add(self, x: Array, y: Array) -> Array:
         return dense.add(x, y)

@@ -25,7 +25,7 @@ TOKENS = 16
 #: Head sizes of which a thread holds both halves of its pairs.
 ROTATED = (64, 128, 256)
 _FAN_IN = 32
-_LARGEST = 16384
+LARGEST = 16384
 #: Up to so many rows arrays share a launch, which costs registers; more rows fill the device by themselves.
 _FEW = 16384
 
@@ -109,8 +109,8 @@ def sum_of_nodes(parts: Array, dtype: Any) -> Array:
 def _rows(x: Array) -> tuple[Array, int, int]:
     """``[rows, D]``, completed by zeros to whole chunks; the number of rows, and D."""
     d = x.shape[-1]
-    if not 0 < d <= _LARGEST:
-        raise NotImplementedError(f"rms_norm: rows of {d} elements; Hopper's kernel has rows of 1 to {_LARGEST}")
+    if not 0 < d <= LARGEST:
+        raise NotImplementedError(f"rms_norm: rows of {d} elements; Hopper's kernel has rows of 1 to {LARGEST}")
     return _padded(x).reshape(-1, -(-d // CHUNK) * CHUNK), math.prod(x.shape[:-1]), d
 
 

@@ -30,10 +30,19 @@ WARP = 32
 WARPS = THREADS // WARP
 
 
-def launch(program: Callable[..., None], blocks: int, inputs: Sequence[Array], out: Any, *, shared: int = 0) -> Any:
-    """Run ``program(machine, *inputs, *outputs)`` in every thread of so many blocks of 128.
+def launch(
+    program: Callable[..., None],
+    blocks: int,
+    inputs: Sequence[Array],
+    out: Any,
+    *,
+    shared: int = 0,
+    in_place: Sequence[Array] = (),
+) -> Any:
+    """Run ``program(machine, *inputs, *in_place, *outputs)`` in every thread of so many blocks of 128.
 
-    ``out`` is one or several ``jax.ShapeDtypeStruct``; ``shared`` the words that `Machine.of_warps` exchanges at most at once.
+    ``out`` is one or several ``jax.ShapeDtypeStruct``; ``shared`` the words that `Machine.of_warps` exchanges at most at once;
+    ``in_place`` whole arrays of which no copy will do.
     """
 
     def body(*refs: Any) -> None:
@@ -53,7 +62,7 @@ def launch(program: Callable[..., None], blocks: int, inputs: Sequence[Array], o
         grid_names=("grid",),
         scratch_types=[plgpu.SMEM((2 * shared * WARPS,), jnp.float32)] if shared else [],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*unsliced(*inputs))
+    )(*unsliced(*inputs), *in_place)
 
 
 def elementwise(f: Callable[..., Float], *arrays: Array) -> Array:
@@ -226,18 +235,20 @@ class Machine(Arithmetic):
         other: float = 0.0,
         *,
         again: bool = False,
+        written: bool = False,
     ) -> list[Float]:
         """``ref.flat[index : index + count]`` as f32, in accesses of up to 16 bytes, which must be aligned to their size.
 
         ``other`` (of f32 only, unless 0) where ``where`` is false, and then nothing is read. ``again``: from the cache, at
-        this place, instead of from registers that a compiler keeps since an earlier load.
+        this place, instead of from registers that a compiler keeps since an earlier load. ``written``: memory that somebody
+        writes while this kernel runs, and has written before a barrier that this thread has passed.
         """
         dtype = _dtype(ref)
         return [
             value
             for offset, size in _pieces(count, dtype.itemsize)
             for value in _unpack(
-                _read(_address(ref, index + offset), size * dtype.itemsize, where, other, again), dtype
+                _read(_address(ref, index + offset), size * dtype.itemsize, where, other, again, written), dtype
             )
         ]
 
@@ -299,7 +310,16 @@ class Machine(Arithmetic):
 # Words of memory ---------------------------------------------------------------------------------------------------------
 
 
+class Pointer:
+    """Memory at an address that a program has computed; loads and stores take it for an array."""
+
+    def __init__(self, address: Int, dtype: Any) -> None:
+        self.address, self.dtype = address, jnp.dtype(dtype)
+
+
 def _dtype(ref: Any) -> Any:
+    if isinstance(ref, Pointer):
+        return ref.dtype
     element = ir.MemRefType(ref.type).element_type
     for name in ("float32", "bfloat16", "float16"):
         if element == mgpu.utils.dtype_to_ir_type(jnp.dtype(name)):
@@ -314,6 +334,8 @@ def _pieces(count: int, itemsize: int) -> list[tuple[int, int]]:
 
 
 def _address(ref: Any, index: Int) -> Any:
+    if isinstance(ref, Pointer):
+        return (ref.address + index * ref.dtype.itemsize).value
     element = ir.MemRefType(ref.type).element_type
     return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index.value], element)
 
@@ -322,11 +344,12 @@ def _braced(count: int, first: int = 0) -> str:
     return "{" + ", ".join(f"${first + i}" for i in range(count)) + "}" if count > 1 else f"${first}"
 
 
-def _read(address: Any, bytes_: int, where: Int | bool, other: float, again: bool) -> list[Any]:
+def _read(address: Any, bytes_: int, where: Int | bool, other: float, again: bool, written: bool = False) -> list[Any]:
     """As words of 32 bits, or one of 16."""
     count, bits = (bytes_ // 4, 32) if bytes_ >= 4 else (1, 16)
     vector = f".v{count}" if count > 1 else ""
-    text = f"ld.global.nc{vector}.b{bits} {_braced(count)}, [${count}];"
+    kind = "" if written else ".nc"
+    text = f"ld.global{kind}{vector}.b{bits} {_braced(count)}, [${count}];"
     operands = [address]
     if not isinstance(where, bool):
         fill = int(np.float32(other).view(np.uint32)) if bits == 32 else 0
@@ -334,7 +357,7 @@ def _read(address: Any, bytes_: int, where: Int | bool, other: float, again: boo
         text = f"{fills} @${count + 1} {text}"
         operands.append(where.value)
     type_ = ir.IntegerType.get_signless(bits)
-    found = mgpu.utils.inline_ptx(text, *operands, result_types=[type_] * count, has_side_effects=again)
+    found = mgpu.utils.inline_ptx(text, *operands, result_types=[type_] * count, has_side_effects=again or written)
     return list(found) if isinstance(found, tuple | list) else [found]
 
 

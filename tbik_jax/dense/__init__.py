@@ -10,6 +10,7 @@ from tbik_jax.dense.linear import (
     column_parallel_swiglu,
     make_dot_general,
     row_parallel,
+    row_parallel_add_norm,
 )
 from tbik_jax.dense.vocabulary import (
     Vocabulary,
@@ -52,5 +53,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "row_parallel",
+    "row_parallel_add_norm",
     "swiglu",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,16 @@ from jax.typing import DTypeLike
 
 from tbik_jax._axes import all_gather, axis_size, vary, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import Algorithm, tree_psum, tree_psum_scatter
+from tbik_jax.collectives import Algorithm, local_nodes, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
 from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.tree import Node, Schedule, Tree, schedule
+
+if TYPE_CHECKING:
+    from tbik_jax.kernels.hopper.mailbox import Mailbox
 
 Array = jax.Array
 Dtype = np.dtype[Any]
@@ -199,6 +202,54 @@ def row_parallel(
     )
 
 
+def row_parallel_add_norm(
+    x: Array,
+    w: Array | PackedWeight,
+    residual: Array,
+    scale: Array,
+    *,
+    eps: float,
+    axis_name: str,
+    contract: Contract,
+    leaves: int | None = None,
+    mailbox: Mailbox,
+) -> tuple[Array, Array]:
+    """:func:`row_parallel`, the residual sum and the next norm, whose exchange takes no launch of its own. For inference.
+
+        total = residual + row_parallel(x, w),    normal = rms_norm(total, scale)
+
+    Args:
+        x: ``[..., K_local]``, w: as in :func:`row_parallel`.
+        residual: ``[..., N]``, the same on every rank; ``scale [N]``.
+        mailbox: Opened by the same program, on every rank, for so many rows of N; see
+            :func:`tbik_jax.kernels.hopper.mailbox.open_mailbox`.
+
+    Guarantee: the bits of :func:`row_parallel` and of :func:`tbik_jax.kernels.rms_norm.add_rms_norm` behind it.
+
+    Raises:
+        ValueError: as :func:`row_parallel`; a mailbox that is too small.
+    """
+    from tbik_jax.kernels.hopper import mailbox as mailboxes
+
+    slots, tree = _cut("dense.row_parallel_add_norm", w, -1, axis_name, contract, leaves)
+    if tree is None:
+        raise _unknown_leaves("dense.row_parallel_add_norm", slots)
+    layout: matmul.Layout = "lnk"
+    if not isinstance(w, PackedWeight) and w.ndim == 2:
+        w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
+    parts, plan = _parts("dense.row_parallel_add_norm", x, w, layout, tree, axis_name, jnp.dtype(jnp.float32), x.dtype)
+    nodes = parts if plan.is_uniform else local_nodes(parts, axis_name, tree=tree)
+    counts = [len(found) for found in plan.rank_nodes]
+    n = residual.shape[-1]
+    total, normal = mailboxes.sum_add_norm(
+        mailbox, nodes.reshape(plan.width, -1, n), counts, plan.finish, residual.reshape(-1, n), scale, eps
+    )
+    return (
+        vary_like(total.reshape(residual.shape), residual),
+        vary_like(normal.reshape(residual.shape), residual),
+    )
+
+
 def _summed(
     x: Array,
     w: Array | PackedWeight,
@@ -212,20 +263,11 @@ def _summed(
     algorithm: Algorithm = "auto",
 ) -> Array:
     """What :func:`row_parallel` returns, of a weight that is cut in slots already."""
-    lead = x.shape[:-1]
-    slots, k = (w.leaves, w.k) if isinstance(w, PackedWeight) else (w.shape[layout.index(d)] for d in "lk")
-    with Problems("dense.row_parallel") as problems:
-        problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
-    plan, nodes = _local_nodes(tree, axis_name)
     result = jnp.dtype(dtype or x.dtype)
-    alone = plan.ranks == 1 and scatter_dimension is None  # nothing is added to the product, and the kernel rounds
+    # Nothing is added to a product of all leaves, and the kernel rounds.
+    alone = _local_nodes(tree, axis_name)[0].ranks == 1 and scatter_dimension is None
     of_product = result if alone and bias is None else jnp.dtype(jnp.float32)
-    rows = x.reshape(-1, slots, k)
-    if isinstance(w, PackedWeight):
-        parts = _packed_products(nodes, rows, w)
-    else:
-        parts = _node_products(nodes, layout, of_product, result, rows, w)
-    parts = parts.reshape(parts.shape[0], *lead, parts.shape[-1])
+    parts, plan = _parts("dense.row_parallel", x, w, layout, tree, axis_name, of_product, result)
     if axis_name is None:
         total = parts[0]
     elif alone:
@@ -245,6 +287,29 @@ def _summed(
             of_nodes=plan.is_uniform,
         )
     return _finish("dense.row_parallel", total, bias, result)
+
+
+def _parts(
+    where: str,
+    x: Array,
+    w: Array | PackedWeight,
+    layout: matmul.Layout,
+    tree: Tree,
+    axis_name: str | None,
+    of_product: Dtype,
+    result: Dtype,
+) -> tuple[Array, Schedule]:
+    """``[nodes or slots, ..., N]``: what this rank adds to the sum, see `_local_nodes`."""
+    slots, k = (w.leaves, w.k) if isinstance(w, PackedWeight) else (w.shape[layout.index(d)] for d in "lk")
+    with Problems(where) as problems:
+        problems.check(x.shape[-1] == slots * k, f"x has K = {x.shape[-1]}, w has {slots} slots of {k}")
+    plan, nodes = _local_nodes(tree, axis_name)
+    rows = x.reshape(-1, slots, k)
+    if isinstance(w, PackedWeight):
+        parts = _packed_products(nodes, rows, w)
+    else:
+        parts = _node_products(nodes, layout, of_product, result, rows, w)
+    return parts.reshape(parts.shape[0], *x.shape[:-1], parts.shape[-1]), plan
 
 
 def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves: int = 1) -> Callable[..., Array]:

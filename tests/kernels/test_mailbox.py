@@ -1,0 +1,131 @@
+"""Nodes that travel by mailbox: the threads' program in NumPy, with a post that delivers between two passes."""
+
+from __future__ import annotations
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tbik_jax import Tree
+from tbik_jax.kernels.hopper import mailbox, norms, simt
+from tbik_jax.testing import assert_bitwise_equal
+from tbik_jax.tree import schedule
+from tests.kernels import simt_numpy
+
+pytestmark = pytest.mark.invariance
+
+TREES = [Tree(8), Tree(8, (8,)), Tree(8, (4, 2)), Tree(6), Tree(5, (5,))]
+EPS = 1e-6
+
+
+class _EverythingIsSentError(Exception):
+    pass
+
+
+class Post:
+    """Stands for `mailbox._Post`. The first pass of a rank ends when its mail is sent; the second finds everybody's."""
+
+    rank = 0
+    delivering = False
+    mail: dict[int, np.ndarray] = {}  # noqa: RUF012
+
+    def __init__(self, m, words, table, ranks, size):
+        self.m, self.size = m, size
+        if not Post.delivering:
+            Post.mail[Post.rank] = np.full((m.shape[0], size), np.nan, np.float32)
+
+    def send(self, index, values, where, stride):
+        if Post.delivering:
+            return
+        index, where = (np.broadcast_to(x, self.m.shape) for x in (index, where))
+        assert (index[where] + len(values) <= stride).all(), "mail in somebody else's place"
+        blocks = np.broadcast_to(self.m.block, self.m.shape)
+        for i, value in enumerate(values):
+            box = Post.mail[Post.rank]
+            assert np.isnan(box[blocks[where], index[where] + i]).all(), "an element is not sent once"
+            box[blocks[where], index[where] + i] = np.broadcast_to(value, self.m.shape)[where]
+
+    def exchange(self):
+        if not Post.delivering:
+            raise _EverythingIsSentError
+
+    def received(self, rank, index, where, stride):
+        index = np.where(np.broadcast_to(where, self.m.shape), index, 0)
+        found = [Post.mail[rank][np.broadcast_to(self.m.block, self.m.shape), index + i] for i in range(norms.CHUNK)]
+        return [np.where(where, x, np.float32(0)) for x in found]
+
+    def end(self):
+        assert Post.delivering
+
+
+def run_ranks(monkeypatch, leaves, residual, scale, tree, ranks):
+    """``leaves [L, rows, d]`` -> ``(total, normal)`` of every rank."""
+    plan, (_, rows, d) = schedule(tree, ranks), leaves.shape
+    counts = [len(nodes) for nodes in plan.rank_nodes]
+    nodes = np.full((ranks, plan.width, rows, d), np.nan, np.float32)  # idle ones are sent, and never added
+    for rank, found in enumerate(plan.rank_nodes):
+        for i, node in enumerate(found):
+            nodes[rank, i] = node.evaluate(lambda leaf: leaves[leaf], np.add)
+
+    def launch(program, blocks, inputs, out, *, shared=0, in_place=()):
+        machine = simt_numpy.Machine(blocks)
+        results = [np.zeros(x.shape, x.dtype) for x in out]
+        program(machine, *map(np.asarray, inputs), None, None, *results)
+        assert all((machine.written[id(x)] == 1).all() for x in results), "an element is not written once"
+        return results
+
+    monkeypatch.setattr(simt, "launch", launch)
+    monkeypatch.setattr(mailbox, "_Post", Post)
+    words = np.zeros((mailbox._blocks(rows, d), mailbox._HEADER + 2 * ranks * plan.width * mailbox._elements(d)))
+    box = mailbox.Mailbox(words, np.zeros((ranks + 1, 2)))
+    found = []
+    for Post.delivering in (False, True):
+        for Post.rank in range(ranks):
+            given = box, nodes[Post.rank], counts, plan.finish, residual, scale, EPS
+            if Post.delivering:
+                found.append(mailbox.sum_add_norm(*given))
+            else:
+                with pytest.raises(_EverythingIsSentError):
+                    mailbox.sum_add_norm(*given)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_the_bits_of_sum_and_norm_apart(monkeypatch, rng, tree, dtype):
+    """Rows of one lane, of a warp, of a block; several rows a block and a last one that is not full."""
+    for ranks in range(2, tree.leaves + 1):
+        for rows, d in ((1, 8), (5, 576), (17, 40), (3, 4096)):
+            leaves = rng.normal(size=(tree.leaves, rows, d)).astype(np.float32)
+            residual, scale = rng.normal(size=(rows, d)).astype(dtype), rng.normal(size=d).astype(dtype)
+            y = tree.reduce(list(leaves), np.add).astype(dtype)
+            with monkeypatch.context() as patched:
+                patched.setattr(simt, "launch", simt_numpy.launch)
+                want = norms.rms_norm(residual, scale, EPS, y)
+            for rank, got in enumerate(run_ranks(monkeypatch, leaves, residual, scale, tree, ranks)):
+                assert_bitwise_equal(got, want, f"{ranks} ranks, {rows} rows of {d}, rank {rank}")
+
+
+def test_another_order_differs(rng):
+    """The test above can fail: a chain's totals differ from the balanced tree's."""
+    leaves = list(rng.normal(size=(8, 3, 4096)).astype(np.float32))
+    assert Tree(8).reduce(leaves, np.add).tobytes() != Tree(8, (8,)).reduce(leaves, np.add).tobytes()
+
+
+def test_what_fits(monkeypatch):
+    monkeypatch.setattr(mailbox.backend, "multiprocessors", lambda: 132)
+    assert mailbox.fits(132, 4096, [1, 1]) and not mailbox.fits(133, 4096, [1, 1])
+    assert mailbox.fits(4 * 132, 576, [1] * 8)  # 18 chunks take 32 lanes: four rows a block
+    assert not mailbox.fits(0, 4096, [1, 1])
+    assert not mailbox.fits(1, 4097, [1, 1]) and not mailbox.fits(1, 32768, [1, 1])
+    assert not mailbox.fits(1, 4096, [9, 9]) and not mailbox.fits(1, 4096, [1] * 17)
+
+
+def test_a_small_mailbox_is_refused():
+    box = mailbox.Mailbox(np.zeros((2, 32 + 2 * 2 * 4096)), np.zeros((3, 2)))
+    like = jax.ShapeDtypeStruct((3, 4096), np.float32)
+    with pytest.raises(ValueError, match=r"3 rows of 4096, 1 nodes a rank, in a mailbox of \(2, 16416\)"):
+        mailbox.sum_add_norm(
+            box, jax.ShapeDtypeStruct((1, 3, 4096), np.float32), [1, 1], schedule(Tree(2), 2).finish, like, like, EPS
+        )
