@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -40,6 +43,22 @@ def multiprocessors() -> int:
     """Of the GPU that a program is traced for."""
     abstract: Any = jax.sharding.get_abstract_mesh().abstract_device
     return int(abstract.num_cores if abstract is not None else jax.devices()[0].core_count)
+
+
+@functools.cache
+def reach_each_other(*ordinals: int) -> bool:
+    """Whether the GPUs of this process with these numbers may read each other's memory; False if the driver does not tell."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        for a, b in itertools.permutations(ordinals, 2):
+            devices, found = (ctypes.c_int(), ctypes.c_int()), ctypes.c_int()
+            results = [cuda.cuDeviceGet(ctypes.byref(d), n) for d, n in zip(devices, (a, b), strict=True)]
+            results.append(cuda.cuDeviceCanAccessPeer(ctypes.byref(found), *devices))
+            if any(results) or not found.value:
+                return False
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def require_cpu(what: str) -> None:

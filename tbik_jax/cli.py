@@ -87,6 +87,17 @@ def _arrange_devices(count: int) -> None:
 
 @contextmanager
 def _bar(description: str) -> Iterator[Any]:
+    if not err.is_terminal:  # a log gets a line for every step that has a name of its own
+        said = ""
+
+        def tell(done: int, total: int, text: str | None = None) -> None:
+            nonlocal said
+            if text and text != said:
+                said = text
+                print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
+
+        yield tell
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(description, total=None)

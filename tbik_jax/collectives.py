@@ -27,6 +27,7 @@ Thakur, Rabenseifner and Gropp 2005 (recursive halving and doubling).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -128,9 +129,11 @@ def tree_psum_scatter(
 
 def for_mesh(mesh: jax.sharding.Mesh, axis_name: str) -> Algorithm:
     """The algorithm for sums over an axis of that mesh: ``"direct"`` where it can be, else ``"auto"``. Performance-only."""
-    first = [device.id for device in jax.devices()[: mesh.size]]
-    fits = mesh.shape[axis_name] > 1 and [device.id for device in mesh.devices.flat] == first
-    return "direct" if fits and jax.default_backend() == "gpu" and not _not_direct() else "auto"
+    devices = list(mesh.devices.flat)
+    fits = mesh.shape[axis_name] > 1 and [device.id for device in devices] == list(range(len(devices)))
+    if not fits or jax.default_backend() != "gpu" or _not_direct():
+        return "auto"
+    return "direct" if backend.reach_each_other(*(device.local_hardware_id for device in devices)) else "auto"
 
 
 def tree_all_gather(x: Array, axis_name: str, *, gather_dimension: int = 0) -> Array:
@@ -181,7 +184,7 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
                 reasons = _not_direct() + (
                     [] if is_of_mesh(axis_name) else [f"axis {axis_name!r} is vmap's, no mesh's"]
                 )
-                nodes = sum(map(len, plan.rank_nodes))
+                nodes = sum(to_finish(plan)[0])
                 if nodes > peers.MOST_NODES:
                     reasons.append(f"{nodes} nodes are more than the {peers.MOST_NODES} that a thread holds")
                 for reason in reasons:
@@ -248,12 +251,30 @@ def _scatter_first(plan: Schedule, axis_name: str, algorithm: str, nodes: Array)
     return _finish(plan, lax.all_to_all(slices, axis_name, split_axis=0, concat_axis=0, tiled=True))
 
 
+def _given(plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, values: Array) -> Array:
+    if algorithm == "direct":
+        return to_send(plan, axis_name, values, of_nodes=of_nodes)
+    return values if of_nodes else _local_nodes(plan, axis_name, values)
+
+
+def to_send(plan: Schedule, axis_name: str, values: Array, *, of_nodes: bool) -> Array:
+    """``[width, ...]``: what this rank gives to kernels that exchange, from its leaf values or (``of_nodes``) node values."""
+    return values if of_nodes or plan.sends_leaves else _local_nodes(plan, axis_name, values)
+
+
+def to_finish(plan: Schedule) -> tuple[list[int], Callable[..., Any]]:
+    """How many values every rank gives by :func:`to_send`, and the additions that make the root of them."""
+    if plan.sends_leaves:
+        return [len(r) for r in plan.ranges], plan.finish_leaves
+    return [len(nodes) for nodes in plan.rank_nodes], plan.finish
+
+
 def _direct(plan: Schedule, axis_name: str, nodes: Array, dtype: np.dtype[Any], *, scatter: bool = False) -> Array:
     """The sum, or this rank's slice of it, typed as what it is: the same on all ranks, or not."""
     from tbik_jax.kernels.hopper import peers
 
-    counts = [len(found) for found in plan.rank_nodes]
-    total = peers.tree_sum(nodes, axis_name, counts, plan.finish, dtype=dtype, scatter=scatter)
+    counts, finish = to_finish(plan)
+    total = peers.tree_sum(nodes, axis_name, counts, finish, dtype=dtype, scatter=scatter)
     return vary(total, *sorted(varying_axes(nodes) - (frozenset() if scatter else {axis_name})))
 
 
@@ -300,7 +321,7 @@ def _butterfly(axis_name: str, ranks: int, x: Array) -> Array:
 def _tree_psum(
     plan: Schedule, axis_name: str, algorithm: str, of_nodes: bool, dtype: np.dtype[Any], values: Array
 ) -> Array:
-    nodes = vary(values if of_nodes else _local_nodes(plan, axis_name, values), axis_name)
+    nodes = vary(_given(plan, axis_name, algorithm, of_nodes, values), axis_name)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     if algorithm == "direct":
         return _direct(plan, axis_name, nodes, dtype).reshape(shape)
@@ -349,7 +370,7 @@ _tree_psum.defvjp(_tree_psum_fwd, _tree_psum_bwd)
 def _tree_psum_scatter(
     plan: Schedule, axis_name: str, algorithm: str, axis: int, of_nodes: bool, values: Array
 ) -> Array:
-    nodes = values if of_nodes else _local_nodes(plan, axis_name, values)
+    nodes = _given(plan, axis_name, algorithm, of_nodes, values)
     nodes = jnp.moveaxis(vary(nodes, axis_name), axis + 1, 1)
     shape, nodes = nodes.shape[1:], nodes.reshape(plan.width, -1)
     part = _scatter_first(plan, axis_name, algorithm, nodes)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from tbik_jax import dense
-from tbik_jax.collectives import Algorithm
+from tbik_jax.collectives import Algorithm, to_finish
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.tree import schedule
@@ -211,7 +211,7 @@ class Invariant(Numerics):
         from tbik_jax.kernels.hopper import mailbox
 
         plans = [schedule(self.contract.tree_over(count), ranks) for count in leaves]
-        if not all(mailbox.fits(rows, d, [len(nodes) for nodes in plan.rank_nodes]) for plan in plans):
+        if not all(mailbox.fits(rows, d, to_finish(plan)[0]) for plan in plans):
             return self
         return replace(self, mailbox=mailbox.open_mailbox(axis, ranks, max(plan.width for plan in plans), rows, d))
 

@@ -263,6 +263,16 @@ class Schedule:
         }
         return self.tree.finish(known, add)
 
+    @cached_property
+    def sends_leaves(self) -> bool:
+        """Some rank's nodes are its leaves, so that sending leaves from all of them moves no value more."""
+        return not self.is_uniform and self.width == self.slots
+
+    def finish_leaves(self, values: Sequence[Sequence[T]], add: Callable[[T, T], T]) -> T:
+        """The canonical sum from ``values[rank][i]``, the value of that rank's i-th leaf."""
+        known = {(leaf, leaf + 1): values[rank][leaf - r.start] for rank, r in enumerate(self.ranges) for leaf in r}
+        return self.tree.finish(known, add)
+
 
 @lru_cache(maxsize=512)
 def schedule(tree: Tree, ranks: int) -> Schedule:

@@ -198,6 +198,9 @@ def test_any_number_of_ranks_performs_the_additions_of_one(plan):
         values.append(plan.reduce_local(rank, slots, bracket))
         assert len(values[-1]) <= plan.width
     assert plan.finish(values, bracket) == plan.tree.reduce(leaves, bracket)
+    assert plan.finish_leaves([[leaves[leaf] for leaf in held] for held in plan.ranges], bracket) == plan.tree.reduce(
+        leaves, bracket
+    )
 
 
 @given(schedules())

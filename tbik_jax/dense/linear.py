@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from tbik_jax._axes import all_gather, axis_size, vary, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import Algorithm, local_nodes, tree_psum, tree_psum_scatter
+from tbik_jax.collectives import Algorithm, to_finish, to_send, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
@@ -238,11 +238,11 @@ def row_parallel_add_norm(
     if not isinstance(w, PackedWeight) and w.ndim == 2:
         w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
     parts, plan = _parts("dense.row_parallel_add_norm", x, w, layout, tree, axis_name, jnp.dtype(jnp.float32), x.dtype)
-    nodes = parts if plan.is_uniform else local_nodes(parts, axis_name, tree=tree)
-    counts = [len(found) for found in plan.rank_nodes]
+    nodes = to_send(plan, axis_name, parts, of_nodes=plan.is_uniform)
+    counts, finish = to_finish(plan)
     n = residual.shape[-1]
     total, normal = mailboxes.sum_add_norm(
-        mailbox, nodes.reshape(plan.width, -1, n), counts, plan.finish, residual.reshape(-1, n), scale, eps
+        mailbox, nodes.reshape(plan.width, -1, n), counts, finish, residual.reshape(-1, n), scale, eps
     )
     return (
         vary_like(total.reshape(residual.shape), residual),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tbik_jax import Tree
+from tbik_jax.collectives import to_finish
 from tbik_jax.kernels.hopper import mailbox, norms, simt
 from tbik_jax.testing import assert_bitwise_equal
 from tbik_jax.tree import schedule
@@ -62,11 +63,12 @@ class Post:
 def run_ranks(monkeypatch, leaves, residual, scale, tree, ranks):
     """``leaves [L, rows, d]`` -> ``(total, normal)`` of every rank."""
     plan, (_, rows, d) = schedule(tree, ranks), leaves.shape
-    counts = [len(nodes) for nodes in plan.rank_nodes]
+    counts, finish = to_finish(plan)
     nodes = np.full((ranks, plan.width, rows, d), np.nan, np.float32)  # idle ones are sent, and never added
-    for rank, found in enumerate(plan.rank_nodes):
-        for i, node in enumerate(found):
-            nodes[rank, i] = node.evaluate(lambda leaf: leaves[leaf], np.add)
+    for rank, held in enumerate(plan.ranges):
+        given = [leaves[leaf] for leaf in held]
+        given = given if plan.sends_leaves else plan.reduce_local(rank, given, np.add)
+        nodes[rank, : len(given)] = given
 
     def launch(program, blocks, inputs, out, *, shared=0, in_place=()):
         machine = simt_numpy.Machine(blocks)
@@ -82,7 +84,7 @@ def run_ranks(monkeypatch, leaves, residual, scale, tree, ranks):
     found = []
     for Post.delivering in (False, True):
         for Post.rank in range(ranks):
-            given = box, nodes[Post.rank], counts, plan.finish, residual, scale, EPS
+            given = box, nodes[Post.rank], counts, finish, residual, scale, EPS
             if Post.delivering:
                 found.append(mailbox.sum_add_norm(*given))
             else:

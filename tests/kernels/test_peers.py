@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Tree, emulate, tree_psum, tree_psum_scatter
-from tbik_jax.collectives import for_mesh
+from tbik_jax.collectives import for_mesh, to_finish
 from tbik_jax.engine import make_mesh
 from tbik_jax.kernels.hopper import peers
 from tbik_jax.testing import assert_bitwise_equal
@@ -26,11 +26,12 @@ TREES = [Tree(8), Tree(8, (8,)), Tree(8, (4, 2)), Tree(6), Tree(5, (5,))]
 def run_ranks(monkeypatch: pytest.MonkeyPatch, leaves: np.ndarray, tree: Tree, ranks: int, dtype, scatter: bool):
     """``leaves [L, n]`` -> what every rank's result holds in the end."""
     plan, n = schedule(tree, ranks), leaves.shape[1]
-    counts = [len(nodes) for nodes in plan.rank_nodes]
+    counts, finish = to_finish(plan)
     nodes = np.full((ranks, plan.width, n), np.nan, np.float32)  # nobody may read behind the nodes of a rank
-    for rank, found in enumerate(plan.rank_nodes):
-        for i, node in enumerate(found):
-            nodes[rank, i] = node.evaluate(lambda leaf: leaves[leaf], np.add)
+    for rank, held in enumerate(plan.ranges):
+        given = [leaves[leaf] for leaf in held]
+        given = given if plan.sends_leaves else plan.reduce_local(rank, given, np.add)
+        nodes[rank, : len(given)] = given
     results: list[np.ndarray] = []
 
     def launch(program, blocks, axis_name, count, x, out, *, of_all):
@@ -47,7 +48,7 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch, leaves: np.ndarray, tree: Tree, r
 
     monkeypatch.setattr(peers, "_launch", launch)
     monkeypatch.setattr(peers.backend, "multiprocessors", lambda: 3)
-    peers.tree_sum(nodes[0], "tp", counts, plan.finish, dtype=dtype, scatter=scatter)
+    peers.tree_sum(nodes[0], "tp", counts, finish, dtype=dtype, scatter=scatter)
     return results
 
 
