@@ -113,18 +113,36 @@ def digests() -> str:
 
 
 def several_gpus() -> str:
-    """Times over plain ones on several GPUs, and whether bits were equal."""
+    """Times over plain ones on several GPUs, of collectives over psum, and whether bits were equal; from the newest rows."""
     rows = [json.loads(line) for line in (ROWS / "multi_gpu.jsonl").read_text(encoding="utf-8").splitlines()]
-    models = [row for row in rows if row["section"] == "model" and row["numerics"] != "plain"]
+    models = {(r["work"], r["tp"], r["numerics"]): r for r in rows if r["section"] == "model"}
     lines = ["| work | GPUs | numerics | invariant / plain |", "|---|---|---|---|"]
     lines += [
-        f"| {row['work']} | {row['tp']} | {row['numerics']} | {row['over_plain']:.2f} ({row['ms']:.1f} ms) |"
-        for row in models
+        f"| {work} | {tp} | {numerics} | {row['over_plain']:.2f} ({row['ms']:.1f} ms) |"
+        for (work, tp, numerics), row in models.items()
+        if numerics != "plain"
     ]
+    collectives = {
+        (r["collective"], r["ranks"], r["kibibytes"], r["algorithm"]): r
+        for r in rows
+        if r["section"] == "collectives" and "over_psum" in r
+    }
+    sizes = sorted({kibibytes for _, _, kibibytes, _ in collectives})
+    lines += ["", f"| time over JAX's own, f32 | {' | '.join(map(_bytes, sizes))} |", "|---" * (len(sizes) + 1) + "|"]
+    names = {"sum": "`tree_psum`", "scatter": "`tree_psum_scatter`"}
+    for kind, name in names.items():
+        for algorithm in ("auto", "direct"):
+            cells = [f"{collectives[kind, 2, size, algorithm]['over_psum']:.2f}" for size in sizes]
+            lines.append(f"| {name}, `{algorithm}` | {' | '.join(cells)} |")
     compared = [row["bits"] for row in rows if "bits" in row]
-    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in rows)
+    newest = [*models.values(), *collectives.values()]
+    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest)
     equal = "all equal" if set(compared) == {"equal"} else "NOT all equal"
     return "\n".join([*lines, "", f"{len(compared)} comparisons of bits, {equal}. {'; '.join(where)}."])
+
+
+def _bytes(kibibytes: int) -> str:
+    return f"{kibibytes} KiB" if kibibytes < 1024 else f"{kibibytes // 1024} MiB"
 
 
 def hopper_rows(path: Path) -> list[dict[str, Any]]:

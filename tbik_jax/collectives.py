@@ -128,9 +128,12 @@ def tree_psum_scatter(
 
 
 def for_mesh(mesh: jax.sharding.Mesh, axis_name: str) -> Algorithm:
-    """The algorithm for sums over an axis of that mesh: ``"direct"`` where it can be, else ``"auto"``. Performance-only."""
+    """The algorithm for sums over an axis of that mesh: ``"direct"`` where it can be, else ``"auto"``. Performance-only.
+
+    It can be on a mesh whose other axes have one rank: others were not tried.
+    """
     devices = list(mesh.devices.flat)
-    fits = mesh.shape[axis_name] > 1 and [device.id for device in devices] == list(range(len(devices)))
+    fits = 1 < mesh.size == mesh.shape[axis_name] and [d.id for d in devices] == list(range(mesh.size))
     if not fits or jax.default_backend() != "gpu" or _not_direct():
         return "auto"
     return "direct" if backend.reach_each_other(*(device.local_hardware_id for device in devices)) else "auto"

@@ -15,7 +15,7 @@ kernel compares, and stops the program otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,9 @@ from jax import lax
 
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.hopper import norms, simt
+from tbik_jax.kernels.hopper.peers import Finish
 
 Array = jax.Array
-
-#: ``nodes[rank][i]`` of one element, and how to add two -> the root.
-Finish = Callable[[list[list[Any]], Callable[[Any, Any], Any]], Any]
 
 _MOST_RANKS = 16
 _HEADER = 32  # words of a part before its halves: a flag of every rank, and the turn

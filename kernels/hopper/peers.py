@@ -20,7 +20,7 @@ _CHUNK = 4  # elements: 16 bytes of f32, so that the loads of a warp lie side by
 _LOADS = 16  # chunks that a thread has on their way
 _BLOCKS_PER_SM = 2
 
-#: ``nodes[rank][i]`` of one element, and how to add two -> the root.
+#: ``values[rank][i]`` of one element, and how to add two -> the root; `Schedule.finish`.
 Finish = Callable[[list[list[Any]], Callable[[Any, Any], Any]], Any]
 
 #: More nodes than that would not fit a thread's registers.
