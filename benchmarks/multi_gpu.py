@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--work", default="prefill,decode 16")
     parser.add_argument("--emulate", default="", help="tensor-parallel sizes to emulate on one device, too")
+    parser.add_argument("--sides", default="plain,chain,balanced", help="of the models")
     parser.add_argument(
         "--algorithms", default="auto", help="of the models' collectives; auto: what Generator takes on this mesh"
     )
@@ -295,11 +296,14 @@ def model(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[st
             for tree, arities in (("chain", (8,)), ("balanced", (2,)))
         },
     }
+    wanted = options.sides.split(",")
     for tp in sizes:
         mesh, plain = mesh_of(tp), {}
         if mesh is None:
             continue
         for (side, algorithm), numerics in sides.items():
+            if side not in wanted:
+                continue
             generator = Generator(make(numerics, mesh), mesh)
             for work in options.work.split(","):
                 found = hopper_model.measured(generator, work, options)
