@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from tbik_jax._axes import vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.backend import SelfTestError
@@ -153,7 +154,7 @@ def gated_products(x: Array, w: Array | PackedWeight) -> Array:
         from tbik_jax.kernels.matmul import hopper
 
         if hopper.is_gated(x, w):
-            return one_by_one(lambda x, w: hopper.gated(x, w))(x, w)
+            return vary_like(one_by_one(lambda x, w: hopper.gated(x, w))(x, w), x, w)
     n = (w.n if isinstance(w, PackedWeight) else w.shape[1]) // 2
     return swiglu(*parted_products(x[:, None], w, (n, n), dtype=x.dtype))
 
@@ -214,7 +215,10 @@ def _hopper(
     dtype: DTypeLike,
     parts: Sequence[int] | None = None,
 ) -> tuple[Array, ...]:
-    """``[nodes, ...]`` of every part. Operands of different dtypes are both widened to f32, which is exact."""
+    """``[nodes, ...]`` of every part, which vary over the mesh as the operands do.
+
+    Operands of different dtypes are both widened to f32, which is exact.
+    """
     from tbik_jax.kernels.matmul import hopper
 
     if isinstance(b, PackedWeight):
@@ -222,7 +226,7 @@ def _hopper(
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     products = partial(hopper.products, spec, nodes=tuple(nodes), parts=parts, dtype=dtype)
-    outs = one_by_one(lambda a, b: products(a, b))(a, b)
+    outs = tuple(vary_like(out, a, b) for out in one_by_one(lambda a, b: products(a, b))(a, b))
     return tuple(out[None] for out in outs) if len(nodes) == 1 else outs
 
 

@@ -29,8 +29,8 @@ if RANKS < 2:
 TREES = [(2,), (8,), (4, 2), (3, 2)]
 
 
-def on_mesh(f, *specs, out=P()):
-    return jax.jit(jax.shard_map(f, mesh=mesh_of(RANKS), in_specs=specs, out_specs=out))
+def on_mesh(f, in_specs, out_specs):
+    return jax.jit(jax.shard_map(f, mesh=mesh_of(RANKS), in_specs=in_specs, out_specs=out_specs))
 
 
 def placed(x, *spec):
@@ -46,17 +46,30 @@ def test_sums(rng, tree):
     """Odd sizes too; every rank's copy of the result."""
     tree = Contract(tree=tree).tree_over(8)
     slots = schedule(tree, RANKS).slots
-    for n in (1, 7, 1001, 8 * RANKS, 4096 * 16, 3 << 20):
-        leaves = placed(rng.normal(size=(RANKS * slots, n)).astype(np.float32), "tp")
-        for dtype in (jnp.float32, jnp.bfloat16):
-            sums = [partial(tree_psum, tree=tree, dtype=dtype, algorithm=name) for name in ("direct", "all_gather")]
-            got, want = on_mesh(lambda v, sums=sums: [f(v, "tp") for f in sums], P("tp"))(leaves)
-            for shard in got.addressable_shards:
-                assert_bitwise_equal(shard.data, want, f"n = {n}, {dtype.__name__}, {shard.device}")
-        if n % RANKS == 0:
-            sums = [partial(tree_psum_scatter, tree=tree, algorithm=name) for name in ("direct", "all_to_all")]
-            got, want = on_mesh(lambda v, sums=sums: [f(v, "tp") for f in sums], P("tp"), out=P("tp"))(leaves)
-            assert_bitwise_equal(got, want, f"slices, n = {n}")
+    sizes = (1, 7, 1001, 8 * RANKS, 4096 * 16, 3 << 20)
+    leaves = [placed(rng.normal(size=(RANKS * slots, n)).astype(np.float32), "tp") for n in sizes]
+
+    def sums(algorithm, leaves):
+        of_dtype = [
+            partial(tree_psum, tree=tree, dtype=dtype, algorithm=algorithm) for dtype in ("float32", "bfloat16")
+        ]
+        return [f(v, "tp") for v in leaves for f in of_dtype]
+
+    def slices(algorithm, leaves):
+        whole = [v for v in leaves if v.shape[1] % RANKS == 0]
+        return [tree_psum_scatter(v, "tp", tree=tree, algorithm=algorithm) for v in whole]
+
+    def everything(leaves):
+        return (
+            [sums(name, leaves) for name in ("direct", "all_gather")],
+            [slices(name, leaves) for name in ("direct", "all_to_all")],
+        )
+
+    (got, want), parts = on_mesh(everything, (P("tp"),), (P(), P("tp")))(leaves)
+    for mine, theirs in zip(got, want, strict=True):
+        for shard in mine.addressable_shards:
+            assert_bitwise_equal(shard.data, theirs, f"{mine.size} {mine.dtype}, {shard.device}")
+    assert_bitwise_equal(*parts, "slices")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -65,50 +78,47 @@ def test_products_whose_results_travel(rng, tree, dtype):
     """Rows that fill no tile, more columns than a tile, and gradients."""
     contract = Contract(tree=tree)
     slots = schedule(contract.tree_over(8), RANKS).slots
-    for rows, columns, k in (
-        ((1030, 576, 64), (300, 4096, 48), (2048, 1024, 512)) if dtype == "bfloat16" else ((300, 96, 48),)
-    ):
+
+    def both(x, w, dy):
+        results = []
+        for name in ("direct", "all_gather"):
+            f = partial(dense.row_parallel, axis_name="tp", contract=contract, leaves=8, algorithm=name)
+            y, pull = jax.vjp(f, x, w)
+            results.append((y, *pull(dy)))
+        return results
+
+    run = on_mesh(both, (P(None, "tp"), P("tp"), P()), [(P(), P(None, "tp"), P("tp"))] * 2)
+    for rows, columns, k in ((1030, 576, 64), (300, 4096, 48)) if dtype == "bfloat16" else ((300, 96, 48),):
         x = placed(jnp.asarray(rng.normal(size=(rows, RANKS * slots * k)), dtype), None, "tp")
         w = placed(jnp.asarray(rng.normal(size=(RANKS * slots, columns, k)), dtype), "tp")
-        dy = jnp.asarray(rng.normal(size=(rows, columns)), dtype)
-
-        def both(x, w, dy, algorithm):
-            f = partial(dense.row_parallel, axis_name="tp", contract=contract, leaves=8, algorithm=algorithm)
-            y, pull = jax.vjp(f, x, w)
-            return y, pull(dy)
-
-        specs, out = (P(None, "tp"), P("tp"), P()), (P(), (P(None, "tp"), P("tp")))
-        got, want = (
-            on_mesh(partial(both, algorithm=name), *specs, out=out)(x, w, dy) for name in ("direct", "all_gather")
-        )
+        got, want = run(x, w, jnp.asarray(rng.normal(size=(rows, columns)), dtype))
         assert_bitwise_equal(got, want, f"{rows} rows, {columns} columns, leaves of {k}")
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4096), (5, 576), (131, 1024)])
 @pytest.mark.parametrize("tree", TREES, ids=str)
-def test_mail_of_many_turns(rng, tree):
+def test_mail_of_many_turns(rng, tree, rows, columns):
     """A hundred sums that feed each other, as the layers of a model do, through one mailbox."""
-    contract = Contract(tree=tree)
+    contract, k = Contract(tree=tree), 64
     plan = schedule(contract.tree_over(8), RANKS)
-    for rows, columns, k in ((1, 4096, 64), (5, 576, 64), (64, 4096, 64), (131, 1024, 64)):
-        x = placed(jnp.asarray(rng.normal(size=(rows, columns)), "bfloat16"))
-        w = placed(jnp.asarray(rng.normal(size=(RANKS * plan.slots, columns, k)), "bfloat16"), "tp")
-        scale = jnp.ones(columns, "bfloat16")
+    x = placed(jnp.asarray(rng.normal(size=(rows, columns)), "bfloat16"))
+    w = placed(jnp.asarray(rng.normal(size=(RANKS * plan.slots, columns, k)), "bfloat16"), "tp")
+    scale = jnp.ones(columns, "bfloat16")
+    given = {"axis_name": "tp", "contract": contract, "leaves": 8}
 
-        def turns(x, w, fused, rows=rows, columns=columns, k=k):
-            normal, given = dense.rms_norm(x, scale, eps=1e-6), {"axis_name": "tp", "contract": contract, "leaves": 8}
-            box = mailbox.open_mailbox("tp", RANKS, max(to_finish(plan)[0]), rows, columns) if fused else None
+    def turns(x, w, fused):
+        box = mailbox.open_mailbox("tp", RANKS, max(to_finish(plan)[0]), rows, columns) if fused else None
 
-            def turn(_, carry):
-                x, normal = carry
-                mine = lax.pcast(normal, "tp", to="varying")[:, : plan.slots * k]
-                if fused:
-                    return dense.row_parallel_add_norm(mine, w, x, scale, eps=1e-6, mailbox=box, **given)
-                return dense.add_rms_norm(
-                    x, dense.row_parallel(mine, w, algorithm="all_gather", **given), scale, eps=1e-6
-                )
+        def turn(_, carry):
+            x, normal = carry
+            mine = lax.pcast(normal, "tp", to="varying")[:, : plan.slots * k]
+            if fused:
+                return dense.row_parallel_add_norm(mine, w, x, scale, eps=1e-6, mailbox=box, **given)
+            return dense.add_rms_norm(x, dense.row_parallel(mine, w, algorithm="all_gather", **given), scale, eps=1e-6)
 
-            return lax.fori_loop(0, 100, turn, (x, normal))
+        return lax.fori_loop(0, 100, turn, (x, dense.rms_norm(x, scale, eps=1e-6)))
 
-        got, want = (on_mesh(partial(turns, fused=fused), P(), P("tp"))(x, w) for fused in (True, False))
-        for shard in got[1].addressable_shards:
-            assert_bitwise_equal(shard.data, want[1], f"{rows} rows of {columns}, {shard.device}")
+    run = on_mesh(lambda x, w: [turns(x, w, fused) for fused in (True, False)], (P(), P("tp")), P())
+    got, want = run(x, w)
+    for shard in got[1].addressable_shards:
+        assert_bitwise_equal(shard.data, want[1], str(shard.device))
