@@ -1,0 +1,69 @@
+"""Programs for several Hopper GPUs, traced where there is none: what varies over the mesh is typed so, gradients too."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tbik_jax import Contract, dense
+from tbik_jax.kernels import backend, matmul
+from tests.meshes import mesh_of
+
+CONTRACT = Contract()
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch):
+    from tbik_jax.kernels.matmul import hopper
+
+    monkeypatch.setattr(backend, "family", lambda: "sm90")
+    monkeypatch.setattr(matmul, "_family", lambda: "sm90")
+    monkeypatch.setattr(backend, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 132)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def of(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def pulled(f, *specs):
+    """Shapes of ``f`` and its gradients inside ``shard_map``, whose types say what is the same on all ranks."""
+
+    def run(x, w, dy):
+        y, pull = jax.vjp(f, x, w)
+        return y, pull(dy)
+
+    x, w, y = specs
+    return jax.shard_map(run, mesh=mesh_of(4), in_specs=specs, out_specs=(y, (x, w)))
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("leaves", [8, 6])
+def test_row_parallel(rows, leaves):
+    """Six leaves over four ranks are uneven: their sum takes another way."""
+    slots = -(-leaves // 4)
+    run = pulled(
+        lambda x, w: dense.row_parallel(x, w, axis_name="tp", contract=CONTRACT, leaves=leaves),
+        P(None, "tp"),
+        P("tp"),
+        P(),
+    )
+    y, (dx, dw) = jax.eval_shape(run, of(rows, 4 * slots * 64), of(4 * slots, 128, 64), of(rows, 128))
+    assert (y.shape, dx.shape, dw.shape) == ((rows, 128), (rows, 4 * slots * 64), (4 * slots, 128, 64))
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+def test_column_parallel(rows):
+    run = pulled(
+        lambda x, w: dense.column_parallel(x, w, axis_name="tp", contract=CONTRACT, leaves=8),
+        P(),
+        P("tp"),
+        P(None, "tp"),
+    )
+    y, (dx, dw) = jax.eval_shape(run, of(rows, 64), of(8, 32, 64), of(rows, 256))
+    assert (y.shape, dx.shape, dw.shape) == ((rows, 256), (rows, 64), (8, 32, 64))
