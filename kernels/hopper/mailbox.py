@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.hopper import norms, simt
 from tbik_jax.kernels.hopper.peers import Finish
@@ -49,14 +50,13 @@ class Mailbox(NamedTuple):
 
 
 def fits(rows: int, d: int, counts: Sequence[int]) -> bool:
-    """Whether one wave of blocks exchanges so many rows."""
-    return (
-        0 < _blocks(rows, d) <= backend.multiprocessors()
-        and len(counts) <= _MOST_RANKS
-        and sum(counts) <= MOST_NODES
-        and d % norms.CHUNK == 0
-        and d <= norms.LARGEST
-    )
+    """Whether one wave of blocks exchanges so many rows, of so many nodes on each rank."""
+    return _has_room(rows, d, len(counts)) and sum(counts) <= MOST_NODES
+
+
+def _has_room(rows: int, d: int, ranks: int) -> bool:
+    whole = d % norms.CHUNK == 0 and 0 < d <= norms.LARGEST
+    return whole and ranks <= _MOST_RANKS and 0 < _blocks(rows, d) <= backend.multiprocessors()
 
 
 def _blocks(rows: int, d: int) -> int:
@@ -72,7 +72,19 @@ def open_mailbox(axis_name: str, ranks: int, width: int, rows: int, d: int) -> M
     """A mailbox for sums of ``rows`` rows of ``d`` elements, of up to ``width`` nodes a rank, over that axis of the mesh.
 
     All ranks call it at the same place of the program. Needs a mesh as :func:`tbik_jax.kernels.hopper.peers.tree_sum` does.
+
+    Raises:
+        NotImplementedError: no Hopper GPUs; rows or ranks for which there is no room.
     """
+    with Problems("open_mailbox") as problems:
+        if backend.family() != "sm90":
+            problems.unsupported("GPUs write to each other over NVLink, and this backend has none")
+        elif not _has_room(rows, d, ranks):
+            problems.unsupported(
+                f"{rows} rows of {d} elements on {ranks} ranks; there is room for a row, or several narrow ones, on each "
+                f"multiprocessor, for rows of a multiple of {norms.CHUNK} up to {norms.LARGEST}, and {_MOST_RANKS} ranks. "
+                f"Sum by tree_psum"
+            )
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
     from jax.experimental.mosaic import gpu as mgpu

@@ -228,9 +228,8 @@ def row_parallel_add_norm(
 
     Raises:
         ValueError: as :func:`row_parallel`; a mailbox that is too small.
+        NotImplementedError: its gradient.
     """
-    from tbik_jax.kernels.hopper import mailbox as mailboxes
-
     slots, tree = _cut("dense.row_parallel_add_norm", w, -1, axis_name, contract, leaves)
     if tree is None:
         raise _unknown_leaves("dense.row_parallel_add_norm", slots)
@@ -239,15 +238,37 @@ def row_parallel_add_norm(
         w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
     parts, plan = _parts("dense.row_parallel_add_norm", x, w, layout, tree, axis_name, jnp.dtype(jnp.float32), x.dtype)
     nodes = to_send(plan, axis_name, parts, of_nodes=plan.is_uniform)
-    counts, finish = to_finish(plan)
     n = residual.shape[-1]
-    total, normal = mailboxes.sum_add_norm(
-        mailbox, nodes.reshape(plan.width, -1, n), counts, finish, residual.reshape(-1, n), scale, eps
-    )
+    total, normal = _mailed(plan, float(eps), mailbox, nodes.reshape(plan.width, -1, n), residual.reshape(-1, n), scale)
     return (
         vary_like(total.reshape(residual.shape), residual),
         vary_like(normal.reshape(residual.shape), residual),
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mailed(
+    plan: Schedule, eps: float, mailbox: Mailbox, nodes: Array, residual: Array, scale: Array
+) -> tuple[Array, Array]:
+    from tbik_jax.kernels.hopper.mailbox import sum_add_norm
+
+    counts, finish = to_finish(plan)
+    return sum_add_norm(mailbox, nodes, counts, finish, residual, scale, eps)
+
+
+def _mailed_fwd(
+    plan: Schedule, eps: float, mailbox: Mailbox, nodes: Array, residual: Array, scale: Array
+) -> tuple[tuple[Array, Array], None]:
+    return _mailed(plan, eps, mailbox, nodes, residual, scale), None
+
+
+def _mailed_bwd(plan: Schedule, eps: float, _: None, given: Any) -> Any:
+    raise NotImplementedError(
+        "dense.row_parallel_add_norm is for inference; differentiate row_parallel and add_rms_norm, whose bits are the same"
+    )
+
+
+_mailed.defvjp(_mailed_fwd, _mailed_bwd)
 
 
 def _summed(

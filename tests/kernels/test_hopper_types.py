@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tbik_jax import Contract, dense
+from tbik_jax import Contract, collectives, dense
+from tbik_jax.engine import Generator, Sampling, make_mesh
 from tbik_jax.kernels import backend, matmul
+from tbik_jax.models.loading import load
+from tbik_jax.models.random import RandomSource
+from tbik_jax.numerics import Numerics
+from tests.generators import SMALL
 from tests.meshes import mesh_of
 
 CONTRACT = Contract()
@@ -67,3 +74,25 @@ def test_column_parallel(rows):
     )
     y, (dx, dw) = jax.eval_shape(run, of(rows, 64), of(8, 32, 64), of(rows, 256))
     assert (y.shape, dx.shape, dw.shape) == ((rows, 256), (rows, 64), (8, 32, 64))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("tree", [(2,), (8,)])
+def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
+    """A prefill and a decode step on four GPUs: one mailbox a program, a kernel for every sum and the norm behind it."""
+    monkeypatch.setattr(collectives, "_not_direct", list)
+    config = dataclasses.replace(SMALL, head_dim=64, num_heads=8, num_kv_heads=4)
+    numerics = Numerics.invariant(Contract(tree=tree), algorithm="direct")
+    mesh = make_mesh(tp=4)
+    model = load(config, RandomSource(config), numerics, mesh, dtype="bfloat16")
+    run = Generator(model, mesh, unroll=unroll)
+    prefill, decode = run._compiled(Sampling())
+    cache = run.new_cache(2, 128)
+    rows = [jax.ShapeDtypeStruct((2,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.uint32)]
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    for step, given in ((prefill, (tokens, *rows[1:], cache)), (decode, (*rows, cache))):
+        next_token, logits, _ = jax.eval_shape(step, run._state, *given)
+        assert (next_token.shape, logits.shape) == ((2,), (2, config.vocab_size))
+        text = str(jax.make_jaxpr(step)(run._state, *given))
+        # The layers are traced once, whether they are scanned or called.
+        assert (text.count("name=open_mailbox"), text.count("name=sum_add_norm")) == (1, 2)

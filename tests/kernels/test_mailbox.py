@@ -131,3 +131,13 @@ def test_a_small_mailbox_is_refused():
         mailbox.sum_add_norm(
             box, jax.ShapeDtypeStruct((1, 3, 4096), np.float32), [1, 1], schedule(Tree(2), 2).finish, like, like, EPS
         )
+
+
+def test_no_mailbox_without_gpus_or_room(monkeypatch):
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="this backend has none"):
+            mailbox.open_mailbox("tp", 2, 1, 1, 4096)
+    monkeypatch.setattr(mailbox.backend, "family", lambda: "sm90")
+    monkeypatch.setattr(mailbox.backend, "multiprocessors", lambda: 132)
+    with pytest.raises(NotImplementedError, match="133 rows of 4096 elements on 2 ranks"):
+        mailbox.open_mailbox("tp", 2, 1, 133, 4096)

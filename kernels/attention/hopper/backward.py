@@ -30,6 +30,7 @@ from jax import lax
 
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.attention.hopper.formula import fma, full
+from tbik_jax.kernels.hopper.compat import load_whole
 from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
@@ -283,7 +284,7 @@ def _delta(dy: Array, y: Array, length: int) -> Array:
         for gmem, smem in ((dy_gmem, dy_smem), (y_gmem, y_smem)):
             plgpu.copy_gmem_to_smem(gmem.at[row, pl.ds(block * ROWS, ROWS), head], smem, full)
         plgpu.barrier_wait(full)
-        a, b = (plgpu.load(smem, layout=WGMMA).astype(jnp.float32) for smem in (dy_smem, y_smem))
+        a, b = (load_whole(smem, layout=WGMMA).astype(jnp.float32) for smem in (dy_smem, y_smem))
         # Products of two numbers of 8 or 11 bits are exact, and as fmas no addition contracts with them.
         out_smem[...] = fma(a, b, _zeros(ROWS, dim), WGMMA).sum(axis=1)
         plgpu.commit_smem()
@@ -376,7 +377,7 @@ def _dkv(
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def weigh(scores):
-                        lse = plgpu.load(lse_smem.at[slot], layout=BY_COLUMN)
+                        lse = load_whole(lse_smem.at[slot], layout=BY_COLUMN)
                         return _weights(scores, lse, 1, scale, first_query + block * ROWS, key, masked)
 
                     p, dp = _two_products(
@@ -386,7 +387,7 @@ def _dkv(
                         issued=turns.swap,
                         use=weigh,
                     )
-                    delta = plgpu.load(delta_smem.at[slot], layout=BY_COLUMN)
+                    delta = load_whole(delta_smem.at[slot], layout=BY_COLUMN)
                     ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
                     p, ds = lax.optimization_barrier((p.astype(dtype), ds.astype(dtype)))
                     turns.swap()
@@ -500,8 +501,8 @@ def _dq(
             turns = _Turns(turn, wg, settings.dq_turns)
             query = first_query + first + wg * ROWS
             plgpu.barrier_wait(full)
-            lse = plgpu.load(lse_smem.at[pl.ds(wg * ROWS, ROWS)], layout=BY_ROW)
-            delta = plgpu.load(delta_smem.at[pl.ds(wg * ROWS, ROWS)], layout=BY_ROW)
+            lse = load_whole(lse_smem.at[pl.ds(wg * ROWS, ROWS)], layout=BY_ROW)
+            delta = load_whole(delta_smem.at[pl.ds(wg * ROWS, ROWS)], layout=BY_ROW)
             turns.begin()
 
             def step(block, dq, masked):

@@ -25,6 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from tbik_jax.kernels.attention.hopper import formula
 from tbik_jax.kernels.attention.hopper.cache import Cache, swizzled
 from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROWS, SPLIT, TILE
+from tbik_jax.kernels.hopper.compat import load_whole
 from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
@@ -238,7 +239,7 @@ def _walk(*refs: Ref, c, cache, slots, whole, has_heads, has_table, has_rows):
                         keys = plgpu.broadcasted_iota(i32, qk.shape, 1, layout=TILE)
                         before = run * SPLIT + j * BLOCK
                         if has_rows:
-                            last = plgpu.load(rows_gmem.at[batch], layout=ROWS, optimized=False) - before
+                            last = load_whole(rows_gmem.at[batch], layout=ROWS, optimized=False) - before
                             last = formula.over(last, qk.shape)
                         else:
                             last = bounds_gmem[batch, 0] - before
@@ -407,7 +408,7 @@ def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, grou
             here = jnp.minimum(splits - start, chunk)
 
             def one(split, state):
-                later = plgpu.load(acc_smem.at[split], layout=lanes), of_rows(split, 0), of_rows(split, 1)
+                later = load_whole(acc_smem.at[split], layout=lanes), of_rows(split, 0), of_rows(split, 1)
                 return formula.merge(state, later, spread, lanes, lanes)
 
             def several(i, state):

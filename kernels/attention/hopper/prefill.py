@@ -24,6 +24,7 @@ from jax import lax
 from tbik_jax.kernels.attention.hopper import formula
 from tbik_jax.kernels.attention.hopper.cache import Cache, swizzled
 from tbik_jax.kernels.attention.hopper.formula import BLOCK, BLOCKS_A_SPLIT, ROWS, TILE
+from tbik_jax.kernels.hopper.compat import load_whole
 from tbik_jax.kernels.operands import unsliced
 
 Array = jax.Array
@@ -287,7 +288,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                     return scores
 
                 def masked(scores, step):
-                    at = plgpu.load(positions_gmem.at[batch, pl.ds(row, QUERIES)], layout=ROWS, optimized=False)
+                    at = load_whole(positions_gmem.at[batch, pl.ds(row, QUERIES)], layout=ROWS, optimized=False)
                     keys = plgpu.broadcasted_iota(i32, scores.shape, 1, layout=TILE)
                     return formula.hidden(scores, keys <= formula.over(at - step * BLOCK, scores.shape))
 
