@@ -43,7 +43,11 @@ def main() -> None:
         "--tp", default="", help="tensor-parallel sizes; default: 1, 2, 4, 8 as far as there are devices"
     )
     parser.add_argument("--kibibytes", default="4,64,1024,16384,262144", help="sizes of a node")
-    parser.add_argument("--model", default="qwen3-8b", help="qwen3-8b, tiny (both with random weights), or smollm2")
+    parser.add_argument(
+        "--model",
+        default="qwen3-8b",
+        help="of bits: qwen3-8b, tiny (both with random weights), smollm2; one or several",
+    )
     parser.add_argument("--layers", type=int, default=36, help="of qwen3-8b")
     parser.add_argument("--batches", default="8,16,32")
     parser.add_argument("--new-tokens", type=int, default=8)
@@ -249,11 +253,16 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Callable[..., A
 
 def bits(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Greedy continuations of eight prompts, as many batches; digests of all their logits."""
+    for name in options.model.split(","):
+        yield from _bits_of(name, sizes, options)
+
+
+def _bits_of(name: str, sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from tbik_jax.engine import Generator
     from tbik_jax.numerics import Numerics
     from tbik_jax.testing import digest
 
-    config, make = _model(options.model, options)
+    config, make = _model(name, options)
     prompts = [np.random.default_rng([i, n]).integers(0, config.vocab_size, n).tolist() for i, n in enumerate(LENGTHS)]
     emulated = [int(n) for n in options.emulate.split(",") if n]
     first: str | None = None
@@ -268,7 +277,7 @@ def bits(sizes: Sequence[int], options: argparse.Namespace) -> Iterator[dict[str
             of_logits = digest(*(g.logits for g in found))
             first = first or of_logits
             yield {
-                "model": options.model,
+                "model": name,
                 "layers": config.num_layers,
                 "tp": tp,
                 "emulated": alone,
