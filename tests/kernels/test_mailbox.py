@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tbik_jax import Tree
 from tbik_jax.collectives import to_finish
@@ -141,3 +146,60 @@ def test_no_mailbox_without_gpus_or_room(monkeypatch):
     monkeypatch.setattr(mailbox.backend, "multiprocessors", lambda: 132)
     with pytest.raises(NotImplementedError, match="133 rows of 4096 elements on 2 ranks"):
         mailbox.open_mailbox("tp", 2, 1, 133, 4096)
+
+
+# The protocol ----------------------------------------------------------------------------------------------------------
+
+
+def misread(seed: int, ranks: int, kernels: list[int], halves: int) -> bool:
+    """Whether a rank reads another turn's mail, when ranks and blocks run in that random order.
+
+    ``kernels`` are the blocks of one kernel after another. A block sends to every rank, then flags, then waits and reads; a
+    kernel begins when the one before has ended on its rank, whatever the other ranks do.
+    """
+    draw = random.Random(seed)
+    mail: dict[tuple[int, ...], int] = {}
+    flags: dict[tuple[int, int, int], int] = {}
+    turns: dict[tuple[int, int], int] = {}
+
+    def block(rank: int, kernel: int, number: int) -> Iterator[bool]:
+        """Yields whether it may go on."""
+        turn = turns.get((rank, number), 0)
+        for to in draw.sample(range(ranks), ranks):
+            mail[to, number, turn % halves, rank] = kernel
+            yield True
+        for to in draw.sample(range(ranks), ranks):
+            flags[to, number, rank] = turn + 1
+            yield True
+        for source in range(ranks):
+            while flags.get((rank, number, source), 0) < turn + 1:
+                yield False
+        for source in range(ranks):
+            wrong.append(mail[rank, number, turn % halves, source] != kernel)
+            yield True
+        turns[rank, number] = turn + 1
+
+    wrong: list[bool] = []
+    kernel_of = [-1] * ranks
+    running: list[list[Iterator[bool]]] = [[] for _ in range(ranks)]
+    while True:
+        for rank in range(ranks):
+            if not running[rank] and kernel_of[rank] + 1 < len(kernels):
+                kernel_of[rank] += 1
+                running[rank] = [block(rank, kernel_of[rank], n) for n in range(kernels[kernel_of[rank]])]
+        alive = [(rank, b) for rank in range(ranks) for b in running[rank]]
+        if not alive:
+            return any(wrong)
+        rank, chosen = draw.choice(alive)
+        if next(chosen, None) is None:
+            running[rank].remove(chosen)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 4), st.lists(st.integers(1, 3), min_size=1, max_size=6))
+def test_nobody_reads_another_turn(seed, ranks, kernels):
+    assert not misread(seed, ranks, kernels, halves=2)
+
+
+def test_one_half_is_not_enough():
+    """The test above can fail."""
+    assert any(misread(seed, 3, [2] * 6, halves=1) for seed in range(200))

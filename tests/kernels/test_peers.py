@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from tbik_jax import Tree, emulate, tree_psum, tree_psum_scatter
+from tbik_jax import Tree, collectives, emulate, tree_psum, tree_psum_scatter
 from tbik_jax.collectives import for_mesh, to_finish
 from tbik_jax.engine import make_mesh
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.hopper import peers
 from tbik_jax.testing import assert_bitwise_equal
 from tbik_jax.tree import schedule
@@ -117,3 +119,29 @@ def test_a_mesh_of_cpus_leaves_it_to_auto():
     if jax.default_backend() != "cpu":
         pytest.skip(f"the default backend is {jax.default_backend()}")
     assert for_mesh(make_mesh(tp=2), "tp") == "auto"
+
+
+def test_which_meshes_take_it(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(collectives, "_not_direct", list)
+    reached = []
+    monkeypatch.setattr(collectives.backend, "reach_each_other", lambda *numbers: reached.append(numbers) or True)
+    devices = np.array(jax.devices()[:4])
+    assert for_mesh(Mesh(devices.reshape(1, 4), ("dp", "tp")), "tp") == "direct"
+    assert len(reached) == 1 and len(reached[0]) == 4
+    others = [(devices.reshape(2, 2), "tp"), (devices[::-1].reshape(1, 4), "tp"), (devices[1:].reshape(1, 3), "tp")]
+    others += [(devices[:1].reshape(1, 1), "tp"), (devices.reshape(1, 4), "dp")]
+    for of, axis in others:
+        assert for_mesh(Mesh(of, ("dp", "tp")), axis) == "auto"
+    monkeypatch.setattr(collectives.backend, "reach_each_other", lambda *numbers: False)
+    assert for_mesh(Mesh(devices.reshape(1, 4), ("dp", "tp")), "tp") == "auto"
+
+
+def test_without_a_driver_nobody_reaches_anybody(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    backend.reach_each_other.cache_clear()
+    monkeypatch.setattr(backend.ctypes, "CDLL", missing)
+    assert not backend.reach_each_other(0, 1)
+    backend.reach_each_other.cache_clear()
