@@ -156,7 +156,9 @@ class Invariant(Numerics):
         return matmul.pack(w.reshape(1, -1, w.shape[-1]) if kind == "column" else w)
 
     def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
-        return dense.column_parallel(x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype)
+        return dense.column_parallel(
+            x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype, algorithm=self._algorithm(x)
+        )
 
     def columns(
         self,
@@ -173,11 +175,13 @@ class Invariant(Numerics):
         return dense.column_parallel_swiglu(x, w, biases or None)
 
     def row(self, x: Array, w: Weight, bias: Array | None, axis: str, leaves: int) -> Array:
-        few = self.algorithm == "direct" and math.prod(x.shape[:-1]) < _MANY_ROWS
-        algorithm: Algorithm = "auto" if few else self.algorithm
         return dense.row_parallel(
-            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, algorithm=algorithm
+            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, algorithm=self._algorithm(x)
         )
+
+    def _algorithm(self, x: Array) -> Algorithm:
+        few = self.algorithm == "direct" and math.prod(x.shape[:-1]) < _MANY_ROWS
+        return "auto" if few else self.algorithm
 
     def row_add_norm(
         self,

@@ -38,6 +38,7 @@ def column_parallel(
     contract: Contract,
     leaves: int | None = None,
     dtype: DTypeLike | None = None,
+    algorithm: Algorithm = "auto",
 ) -> Array:
     """A product whose output columns are split over the axis: no exchange forward, a tree over columns backward.
 
@@ -53,6 +54,7 @@ def column_parallel(
         leaves: Leaves of N over the whole axis, for the backward pass; by default ``contract.leaves`` (2-d ``w``).
             Slots on several ranks do not tell: without ``leaves`` they have no gradient.
         dtype: Output dtype; the dtype of ``x`` by default.
+        algorithm: Performance-only, of the sum in the backward pass; see :func:`tbik_jax.tree_psum`.
 
     Guarantee: column n of row m depends on that row and that row of ``w`` alone: not on the mesh, the batch, or N. The
     input gradient is the tree over the leaves of N. Weight and bias gradients reduce over the tokens at hand.
@@ -74,7 +76,7 @@ def column_parallel(
         with Problems("dense.column_parallel") as problems:
             problems.check(w.shape[-1] == k, f"x has K = {k}, w has shape {w.shape}; w is [N, K] (output, input)")
         of_product = jnp.dtype(jnp.float32) if bias is not None else result
-        y = _column(axis_name, tree, of_product, result, rows, w.reshape(slots, -1, k))
+        y = _column(axis_name, tree, algorithm, of_product, result, rows, w.reshape(slots, -1, k))
     return _finish("dense.column_parallel", y, bias, result).reshape(*lead, -1)
 
 
@@ -292,7 +294,7 @@ def _summed(
     if axis_name is None:
         total = parts[0]
     elif alone:
-        total = all_gather(vary(parts, axis_name), axis_name, axis=0, tiled=True)[0]  # the same on all ranks, by type
+        total = _of_one_rank(parts, axis_name)
     elif scatter_dimension is None:
         rounded_early = result if bias is None else jnp.dtype(jnp.float32)
         total = tree_psum(
@@ -308,6 +310,11 @@ def _summed(
             of_nodes=plan.is_uniform,
         )
     return _finish("dense.row_parallel", total, bias, result)
+
+
+def _of_one_rank(parts: Array, axis_name: str) -> Array:
+    """The root, ``parts [1, ...]``, of an axis of one rank: the same on all ranks, by type."""
+    return all_gather(vary(parts, axis_name), axis_name, axis=0, tiled=True)[0]
 
 
 def _parts(
@@ -455,20 +462,28 @@ def _unknown_leaves(where: str, slots: int) -> ValueError:
 # 16-bit operands are fast. Products already rounded to that dtype have such cotangents anyway.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _column(axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, x: Array, w: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _column(
+    axis_name: str | None, tree: Tree | None, algorithm: Algorithm, dtype: Dtype, result: Dtype, x: Array, w: Array
+) -> Array:
     """``x [M, K]`` invariant, ``w [slots, n, K]`` local -> ``[M, slots * n]``."""
     return matmul.node_products(x[:, None], w.reshape(1, -1, w.shape[-1]), (Node(0, 1),), dtype=dtype)[0]
 
 
 def _column_fwd(
-    axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, x: Array, w: Array
+    axis_name: str | None, tree: Tree | None, algorithm: Algorithm, dtype: Dtype, result: Dtype, x: Array, w: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _column(axis_name, tree, dtype, result, x, w), (x, w)
+    return _column(axis_name, tree, algorithm, dtype, result, x, w), (x, w)
 
 
 def _column_bwd(
-    axis_name: str | None, tree: Tree | None, dtype: Dtype, result: Dtype, saved: tuple[Array, Array], dy: Array
+    axis_name: str | None,
+    tree: Tree | None,
+    algorithm: Algorithm,
+    dtype: Dtype,
+    result: Dtype,
+    saved: tuple[Array, Array],
+    dy: Array,
 ) -> tuple[Array, Array]:
     x, w = saved
     slots, n, k = w.shape
@@ -476,11 +491,14 @@ def _column_bwd(
         raise _unknown_leaves("dense.column_parallel, input gradient", slots)
     dy = dy.astype(result)
     plan, nodes = _local_nodes(tree, axis_name)
-    of_product = x.dtype if axis_name is None else jnp.dtype(jnp.float32)
+    of_product = x.dtype if plan.ranks == 1 else jnp.dtype(jnp.float32)
     parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, layout="lkn", dtype=of_product)
-    dx = parts[0]
-    if axis_name is not None:
-        dx = tree_psum(parts, axis_name, tree=tree, dtype=x.dtype, of_nodes=plan.is_uniform)
+    if axis_name is None:
+        dx = parts[0]
+    elif plan.ranks == 1:
+        dx = _of_one_rank(parts, axis_name)
+    else:
+        dx = tree_psum(parts, axis_name, tree=tree, dtype=x.dtype, algorithm=algorithm, of_nodes=plan.is_uniform)
     dw = matmul.weight_gradient(dy, vary_like(x, dy)[:, None])[0]
     return vary_like(dx, x), cast(dw.reshape(slots, n, k), w.dtype)
 

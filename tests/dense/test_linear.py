@@ -254,6 +254,35 @@ def test_the_weight_gradient_at_round_sizes(rng, tokens, k, n):
     assert_bitwise_equal(run(8), run(1))
 
 
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("algorithm", ["auto", "all_gather", "all_to_all", "recursive_halving", "butterfly"])
+def test_the_input_gradient_by_any_exchange(rng, algorithm, dtype):
+    """On one rank, whose kernel rounds, and on four, whose sum does."""
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((9, 33), (8 * 5, 33), (9, 8 * 5)))
+
+    def gradient(x, w, dy):
+        f = partial(column_parallel, axis_name="tp", contract=CONTRACT, algorithm=algorithm)
+        return jax.vjp(f, x, w)[1](dy)[0]
+
+    def run(ranks):
+        return jax.jit(sharded(gradient, ranks, (P(), P("tp"), P(None, "tp")), P()))(x, w, dy)
+
+    assert_bitwise_equal(run(4), run(1))
+
+
+def test_twin_a_plain_input_gradient(rng):
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((9, 33), (8 * 5, 33), (9, 8 * 5)))
+
+    def gradient(x, w, dy):
+        return jax.lax.psum(jnp.dot(dy, w), "tp")
+
+    def run(ranks):
+        return jax.jit(sharded(gradient, ranks, (P(), P("tp"), P(None, "tp")), P()))(x, w, dy)
+
+    assert np.asarray(run(4)).tobytes() != np.asarray(run(1)).tobytes()
+
+
 def test_twin_a_plain_weight_gradient_at_a_round_size(rng):
     x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((200, 512), (256, 512), (200, 256)))
 
