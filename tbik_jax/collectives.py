@@ -195,6 +195,11 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
     return plan
 
 
+def is_direct(axis_name: str) -> bool:
+    """Whether kernels may reach the other ranks of that axis, as far as a program that is traced can tell."""
+    return is_of_mesh(axis_name) and not _not_direct()
+
+
 def _not_direct() -> list[str]:
     """Why one kernel cannot sum over the GPUs of this process."""
     here = jax.default_backend()

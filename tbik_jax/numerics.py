@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from tbik_jax import dense
-from tbik_jax.collectives import Algorithm, to_finish
+from tbik_jax.collectives import Algorithm, is_direct, to_finish
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.tree import schedule
@@ -210,7 +210,7 @@ class Invariant(Numerics):
 
     def opened(self, axis: str, x: Array, leaves: Sequence[int]) -> Invariant:
         ranks, rows, d = lax.axis_size(axis), math.prod(x.shape[:-1]), x.shape[-1]
-        if self.algorithm != "direct" or ranks == 1:
+        if self.algorithm != "direct" or ranks == 1 or not is_direct(axis):
             return self
         from tbik_jax.kernels.hopper import mailbox
 

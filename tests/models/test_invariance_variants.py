@@ -40,6 +40,20 @@ def test_every_collective(algorithm):
     assert_bitwise_equal(run.score(PROMPTS), want, algorithm)
 
 
+def test_few_rows_need_no_reach_to_peers():
+    """``direct`` leaves them to ``auto`` where ranks are emulated, or on CPUs; many rows are refused there."""
+    numerics = Numerics.invariant(algorithm="direct")
+    want = generator(EIGHT_HEADS, 1, numerics=INVARIANT, pack=False).generate(PROMPTS[:1], 3, with_logits=True)
+    for run in (
+        generator(EIGHT_HEADS, 4, numerics=numerics, pack=False),
+        generator(EIGHT_HEADS, 4, numerics=numerics, pack=False, emulate=True),
+    ):
+        got = run.generate(PROMPTS[:1], 3, with_logits=True)
+        assert_bitwise_equal(got[0].logits, want[0].logits, "few rows")
+        with pytest.raises(NotImplementedError, match="algorithm 'direct': GPUs read each other's memory"):
+            run.score([[1] * 250, [2] * 250])
+
+
 def test_a_collective_that_the_mesh_cannot_run_is_refused():
     run = generator(tp=3, numerics=Numerics.invariant(algorithm="butterfly"), pack=False)
     with pytest.raises(ValueError, match="algorithm 'butterfly' wants a power of two of ranks"):
