@@ -26,7 +26,7 @@ from jax import lax
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.hopper import norms, simt
-from tbik_jax.kernels.hopper.peers import Finish
+from tbik_jax.kernels.hopper.peers import Finish, meeting_kernel
 
 Array = jax.Array
 
@@ -85,7 +85,6 @@ def open_mailbox(axis_name: str, ranks: int, width: int, rows: int, d: int) -> M
                 f"multiprocessor, for rows of a multiple of {norms.CHUNK} up to {norms.LARGEST}, and {_MOST_RANKS} ranks. "
                 f"Sum by tree_psum"
             )
-    import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
@@ -95,7 +94,7 @@ def open_mailbox(axis_name: str, ranks: int, width: int, rows: int, d: int) -> M
     words = _HEADER + 2 * ranks * width * _elements(d)
     devices = [{axis_name: rank} for rank in range(ranks)]
 
-    def body(box: Any, table: Any, ready: Any) -> None:
+    def body(box: Any, table: Any) -> None:
         places = [plgpu.remote_ref(box, device) for device in devices]
 
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (ranks + 2), *[plgpu.Layout.WG_SPLAT(())] * 2))
@@ -112,21 +111,10 @@ def open_mailbox(axis_name: str, ranks: int, width: int, rows: int, d: int) -> M
                 llvm.store(rank.registers.item(), mgpu.utils.getelementptr(first, [2 * ranks], i32))
 
         run(box, table, *places, lax.axis_index("grid"), lax.axis_index(axis_name))
-        # Nobody writes to a mailbox whose flags are not zero yet.
-        for device in devices:
-            pl.semaphore_signal(ready, device_id=device)
-        pl.semaphore_wait(ready, ranks, decrement=False)
 
-    body.__name__ = "open_mailbox"
     out = (jax.ShapeDtypeStruct((blocks, words), jnp.float32), jax.ShapeDtypeStruct((ranks + 1, 2), jnp.int32))
-    box, table = plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(blocks,),
-        grid_names=("grid",),
-        scratch_types=[plgpu.SemaphoreType.REGULAR],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )()
+    # They meet, so that nobody writes to a mailbox whose flags are not zero yet.
+    box, table = meeting_kernel("open_mailbox", body, blocks, devices, (), out)
     return Mailbox(box, table)
 
 

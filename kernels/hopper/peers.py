@@ -107,12 +107,11 @@ def _launch(
     program: Callable[..., None], blocks: int, axis_name: str, ranks: int, x: Array, out: Any, *, of_all: bool
 ) -> Array:
     """``program(machine, rank, everybody's x, results)``: everybody's results ``of_all``, or one's own."""
-    import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     devices = [{axis_name: rank} for rank in range(ranks)]
 
-    def body(x: Any, result: Any, arrived: Any) -> None:
+    def body(x: Any, result: Any) -> None:
         sources = [plgpu.remote_ref(x, device) for device in devices]
         targets = [plgpu.remote_ref(result, device) for device in devices] if of_all else [result]
         arrays = [*sources, *targets]
@@ -124,17 +123,38 @@ def _launch(
             program(machine, simt.Int(rank.registers.item()), refs[:ranks], refs[ranks:])
 
         run(*arrays, lax.axis_index("grid"), lax.axis_index(axis_name))
-        # A block waits for the same block of every rank, its own included. A signal releases what the block has written.
-        for device in devices:
-            pl.semaphore_signal(arrived, device_id=device)
-        pl.semaphore_wait(arrived, ranks, decrement=False)
 
-    body.__name__ = "tree_sum_of_peers"
+    return meeting_kernel("tree_sum_of_peers", body, blocks, devices, (x,), out)
+
+
+def meeting_kernel(
+    name: str,
+    body: Callable[..., None],
+    blocks: int,
+    devices: Sequence[dict[str, int]],
+    inputs: Sequence[Array],
+    out: Any,
+) -> Any:
+    """``body(*inputs, *outputs)`` in so many blocks, each of which ends when the same block of every device has.
+
+    What a block has written anywhere is there for the others when it ends.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    def run(*refs: Any) -> None:
+        *arrays, arrived = refs
+        body(*arrays)
+        for device in devices:  # its own included; a signal releases what the block has written
+            pl.semaphore_signal(arrived, device_id=device)
+        pl.semaphore_wait(arrived, len(devices), decrement=False)
+
+    run.__name__ = name
     return plgpu.kernel(
-        body,
+        run,
         out_type=out,
         grid=(blocks,),
         grid_names=("grid",),
         scratch_types=[plgpu.SemaphoreType.REGULAR],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*unsliced(x))
+    )(*unsliced(*inputs))

@@ -185,12 +185,7 @@ def row_parallel(
         ValueError: shapes, dtypes, leaves or mesh that do not fit, all listed.
         NotImplementedError: the gradient of a packed weight.
     """
-    slots, tree = _cut("dense.row_parallel", w, -1, axis_name, contract, leaves)
-    if tree is None:
-        raise _unknown_leaves("dense.row_parallel", slots)
-    layout: matmul.Layout = "lnk"
-    if not isinstance(w, PackedWeight) and w.ndim == 2:
-        w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
+    w, layout, tree = _cut_row("dense.row_parallel", w, axis_name, contract, leaves)
     return _summed(
         x,
         w,
@@ -232,12 +227,7 @@ def row_parallel_add_norm(
         ValueError: as :func:`row_parallel`; a mailbox that is too small.
         NotImplementedError: its gradient.
     """
-    slots, tree = _cut("dense.row_parallel_add_norm", w, -1, axis_name, contract, leaves)
-    if tree is None:
-        raise _unknown_leaves("dense.row_parallel_add_norm", slots)
-    layout: matmul.Layout = "lnk"
-    if not isinstance(w, PackedWeight) and w.ndim == 2:
-        w, layout = w.reshape(w.shape[0], slots, -1), "nlk"
+    w, layout, tree = _cut_row("dense.row_parallel_add_norm", w, axis_name, contract, leaves)
     parts, plan = _parts("dense.row_parallel_add_norm", x, w, layout, tree, axis_name, jnp.dtype(jnp.float32), x.dtype)
     nodes = to_send(plan, axis_name, parts, of_nodes=plan.is_uniform)
     n = residual.shape[-1]
@@ -452,6 +442,18 @@ def _cut(
                     f"leaves. Give w by leaf, [slots, ., .], or choose leaves that both the mesh and the dimension divide",
                 )
     return wanted, contract.tree_over(total)
+
+
+def _cut_row(
+    where: str, w: Array | PackedWeight, axis_name: str | None, contract: Contract, leaves: int | None
+) -> tuple[Array | PackedWeight, matmul.Layout, Tree]:
+    """A row-parallel weight by slots, its layout, and the tree over the leaves of K."""
+    slots, tree = _cut(where, w, -1, axis_name, contract, leaves)
+    if tree is None:
+        raise _unknown_leaves(where, slots)
+    if isinstance(w, PackedWeight) or w.ndim == 3:
+        return w, "lnk", tree
+    return w.reshape(w.shape[0], slots, -1), "nlk", tree
 
 
 def _unknown_leaves(where: str, slots: int) -> ValueError:
