@@ -258,8 +258,10 @@ def test_the_weight_gradient_at_round_sizes(rng, tokens, k, n):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("algorithm", ["auto", "all_gather", "all_to_all", "recursive_halving", "butterfly"])
 def test_the_input_gradient_by_any_exchange(rng, algorithm, dtype):
-    """On one rank, whose kernel rounds, and on four, whose sum does."""
-    x, w, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((9, 33), (8 * 5, 33), (9, 8 * 5)))
+    """On one rank, whose kernel rounds, and on four, whose sum does. Leaves cancel, or rounding would hide another order."""
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((65, 257), (8, 129, 257), (65, 8, 129)))
+    w[4:], dy[:, 4:] = -w[:4] * (1 + 2.0**-7), dy[:, :4]
+    x, w, dy = (jnp.asarray(v, dtype) for v in (x, w.reshape(8 * 129, 257), dy.reshape(65, 8 * 129)))
 
     def gradient(x, w, dy):
         f = partial(column_parallel, axis_name="tp", contract=CONTRACT, algorithm=algorithm)
