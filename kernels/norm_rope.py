@@ -69,11 +69,20 @@ def _forward(
 
 
 def _backward(eps: float, saved: _Saved, given: tuple[Array, Array]) -> _Saved:
+    from tbik_jax.kernels.hopper import call, norms
+
     q, k, q_scale, k_scale, cos, sin = saved
+
+    def turned_back(x: Array, scale: Array, dy: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+        return norms.rms_norm_gradients(x, scale, dy, eps, angles=(cos, sin))
+
     found = []
     for x, scale, dy in ((q, q_scale, given[0]), (k, k_scale, given[1])):
-        _, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)
-        found.append(pull(rope(dy, cos, -sin)))
+        if x.shape[-1] in norms.ROTATED:
+            found.append(call("norm_rope", turned_back, x, scale, dy, cos, sin))
+        else:
+            _, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)
+            found.append(pull(rope(dy, cos, -sin)))
     (dq, dq_scale), (dk, dk_scale) = found
     return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 

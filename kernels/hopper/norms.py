@@ -75,20 +75,30 @@ def _blocks_of(rows: int, d: int) -> int:
 
 
 def rms_norm_gradients(
-    x: Array, scale: Array, dy: Array, eps: float, beside: Array | None = None
+    x: Array,
+    scale: Array,
+    dy: Array,
+    eps: float,
+    beside: Array | None = None,
+    angles: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """With respect to ``x`` and ``scale``; ``beside``, what else flows back to ``x``, is added to its gradient."""
+    """With respect to ``x`` and ``scale``; ``beside``, what else flows back to ``x``, is added to its gradient.
+
+    With ``angles``, tables as in :func:`rms_norm_rope`, ``dy [..., heads, D]`` is turned back first, and rounded to its dtype.
+    """
     shape = x.shape
+    heads = x.shape[-2] if angles is not None else 0
     x, rows, d = _rows(x)
     scaled = _padded(scale)
     if not x.size:
         return x.reshape(shape), jnp.zeros_like(scale)
-    given = (x, scaled, _rows(dy)[0]) + (() if beside is None else (_rows(beside)[0],))
+    turned = [jnp.broadcast_to(table, (*shape[:-2], d // 2)) for table in angles or ()]
+    given = (x, scaled, _rows(dy)[0], *turned) + (() if beside is None else (_rows(beside)[0],))
     per_block = _rows_of_block(d) * TOKENS
     blocks = -(-rows // per_block)
     nodes = blocks * min(_rows_of_block(d), simt.WARPS)
     out = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((nodes, x.shape[1]), jnp.float32))
-    program = partial(_backward, rows=rows, d=x.shape[1], mean=1.0 / d, eps=eps, beside=beside is not None)
+    program = partial(_backward, rows=rows, d=x.shape[1], mean=1.0 / d, eps=eps, beside=beside is not None, heads=heads)
     dx, parts = simt.launch(program, blocks, given, out, shared=_exchanged(d, 2))
     return dx[:, :d].reshape(shape), sum_of_nodes(parts, scale.dtype)[:d]
 
@@ -228,13 +238,20 @@ def _forward_rotated(m: Any, *refs: Any, tokens: int, heads: tuple[int, ...], d:
             m.store(y, base + at + d // 2, [b for _, b in turned], inside)
 
 
-def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, beside: bool) -> None:
-    """Every ``lanes`` threads take 16 rows one after another, and keep their part of the scale's gradient meanwhile."""
+def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, beside: bool, heads: int = 0) -> None:
+    """Every ``lanes`` threads take 16 rows one after another, and keep their part of the scale's gradient meanwhile.
+
+    Rows that were turned are ``heads`` to a token, whose angles they share.
+    """
     x, scale, dy = refs[:3]
     dx, parts = refs[-2:]
     count = lanes(d)
     columns = _columns(m, d)
     group = m.block * (simt.THREADS // count) + m.thread // count
+
+    # Chunks that are loaded together: one, or both halves of the pairs that are turned.
+    half = len(columns) // 2
+    groups = [(c, c + half) for c in range(half)] if heads else [(c,) for c in range(len(columns))]
 
     def one(i: Any, sums: list[Any]) -> list[Any]:
         row = group * TOKENS + i
@@ -245,12 +262,23 @@ def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, be
             at, where = columns[number]
             return m.load(ref, base + at, CHUNK, inside & where, **how)
 
+        def load_dy(numbers: tuple[int, ...], **how: bool) -> list[list[Any]]:
+            found = [load(dy, c, **how) for c in numbers]
+            if not heads:
+                return found
+            place = m.wide(row // heads) * (d // 2) + columns[numbers[0]][0]
+            angles = [m.load(table, place, CHUNK, inside, **how) for table in refs[3:5]]
+            turned = [rotate(x1, x2, c, -s) for x1, x2, c, s in zip(*found, *angles, strict=True)]
+            return [m.rounded([pair[j] for pair in turned], dy) for j in range(2)]
+
         def load_scale(number: int) -> list[Any]:
             at, where = columns[number]
             return m.load(scale, m.wide(at), CHUNK, where, again=True)
 
         chunks = range(len(columns))
-        xs, dys = [load(x, c) for c in chunks], [load(dy, c) for c in chunks]
+        xs, dys = [load(x, c) for c in chunks], {}
+        for numbers in groups:
+            dys.update(zip(numbers, load_dy(numbers), strict=True))
         squares = _sum_of_chunks(m, [[a * a for a in chunk] for chunk in xs])
         along = _sum_of_chunks(
             m, [[(a * b) * c for a, b, c in zip(dys[c], load_scale(c), xs[c], strict=True)] for c in chunks]
@@ -259,16 +287,20 @@ def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, be
         # Rows behind the last have no share in the scale's gradient, not even that of a row of zeros and eps = 0.
         inverse = m.select(inside, _inverse(m, squares, mean, eps), 0.0)
         along = (along * inverse) * mean
-        after = []
-        for c, (at, where) in enumerate(columns):
+        after = list(sums)
+        for numbers in groups:
             # Read again: what waits in registers would leave room for fewer blocks.
-            dys_here = load(dy, c, again=True)
-            normal = [a * inverse for a in load(x, c, again=True)]
-            after += [a + b * n for a, b, n in zip(sums[c * CHUNK : (c + 1) * CHUNK], dys_here, normal, strict=True)]
-            gradient = [(b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)]
-            if beside:
-                gradient = [a + b for a, b in zip(load(refs[3], c), m.rounded(gradient, dx), strict=True)]
-            m.store(dx, base + at, gradient, inside & where)
+            for c, dys_here in zip(numbers, load_dy(numbers, again=True), strict=True):
+                normal = [a * inverse for a in load(x, c, again=True)]
+                mine = slice(c * CHUNK, (c + 1) * CHUNK)
+                after[mine] = [a + b * n for a, b, n in zip(sums[mine], dys_here, normal, strict=True)]
+                gradient = [
+                    (b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)
+                ]
+                if beside:
+                    gradient = [a + b for a, b in zip(load(refs[-3], c), m.rounded(gradient, dx), strict=True)]
+                at, where = columns[c]
+                m.store(dx, base + at, gradient, inside & where)
         return after
 
     sums = m.loop(TOKENS, [m.zero()] * (CHUNK * len(columns)), one)
