@@ -182,35 +182,22 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
                 f"not so for {tree.leaves} leaves of shape {tree.levels} over {ranks} ranks. 'auto' chooses one that fits",
             )
             if algorithm == "direct" and ranks > 1:
-                for reason in _not_direct_over(plan, axis_name):
-                    problems.unsupported(_chosen(reason))
+                from tbik_jax.kernels.hopper import peers
+
+                reasons = _not_direct() + (
+                    [] if is_of_mesh(axis_name) else [f"axis {axis_name!r} is vmap's, no mesh's"]
+                )
+                nodes = sum(to_finish(plan)[0])
+                if nodes > peers.MOST_NODES:
+                    reasons.append(f"{nodes} nodes are more than the {peers.MOST_NODES} that a thread holds")
+                for reason in reasons:
+                    problems.unsupported(f"algorithm 'direct': {reason}. 'auto' chooses one that runs here")
     return plan
 
 
 def is_direct(axis_name: str) -> bool:
     """Whether kernels may reach the other ranks of that axis, as far as a program that is traced can tell."""
     return is_of_mesh(axis_name) and not _not_direct()
-
-
-def require_direct(where: str, plan: Schedule, axis_name: str) -> None:
-    """Raise ``NotImplementedError`` with all reasons why ranks cannot exchange in kernels of their own."""
-    with Problems(where) as problems:
-        for reason in _not_direct_over(plan, axis_name):
-            problems.unsupported(_chosen(reason))
-
-
-def _chosen(reason: str) -> str:
-    return f"algorithm 'direct': {reason}. 'auto' chooses one that runs here"
-
-
-def _not_direct_over(plan: Schedule, axis_name: str) -> list[str]:
-    from tbik_jax.kernels.hopper import peers
-
-    reasons = _not_direct() + ([] if is_of_mesh(axis_name) else [f"axis {axis_name!r} is vmap's, no mesh's"])
-    values = sum(to_finish(plan)[0])
-    if values > peers.MOST_NODES:
-        reasons.append(f"{values} nodes are more than the {peers.MOST_NODES} that a thread holds")
-    return reasons
 
 
 def _not_direct() -> list[str]:

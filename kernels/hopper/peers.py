@@ -44,35 +44,23 @@ def tree_sum(
     """
     ranks, n = len(counts), nodes.shape[1]
     chunk = math.gcd(n // ranks if scatter else n, _CHUNK)
-    program, blocks = _over_threads(counts, finish, n, -(-n // (chunk * ranks)), chunk, stride=n, own=scatter)
-    out = jax.ShapeDtypeStruct((n // ranks if scatter else n,), dtype)
-    return _launch(program, blocks, axis_name, ranks, nodes, out, of_all=not scatter)
-
-
-def sum_slices(
-    slices: Array, axis_name: str, counts: Sequence[int], finish: Finish, rows: int, *, dtype: DTypeLike
-) -> Array:
-    """``[ranks, width, rows of a slice, N]`` f32, this rank's slice of everybody's nodes -> the root ``[rows, N]`` on every rank.
-
-    As :func:`tree_sum`, of nodes that are here already: :func:`tbik_jax.kernels.matmul.sent_products` has sent them. The
-    barrier of all ranks in front of this kernel says that they have arrived.
-    """
-    ranks, _, of_slice, columns = slices.shape
-    n, size, chunk = rows * columns, of_slice * columns, math.gcd(columns, _CHUNK)
-    program, blocks = _over_threads(counts, finish, n, size // chunk, chunk, stride=size, here=True)
-    total = _launch(program, blocks, axis_name, ranks, slices, jax.ShapeDtypeStruct((n,), dtype), here=True)
-    return total.reshape(rows, columns)
-
-
-def _over_threads(
-    counts: Sequence[int], finish: Finish, n: int, each: int, chunk: int, **options: Any
-) -> tuple[Callable[..., None], int]:
-    """`_sum` for slices of ``each`` chunks, and its blocks."""
+    each = -(-n // (chunk * ranks))  # chunks of a slice
     most = _BLOCKS_PER_SM * backend.multiprocessors()
     unroll = max(1, min(_LOADS // sum(counts), each // (simt.THREADS * most)))
     blocks = max(1, min(most, -(-each // (simt.THREADS * unroll))))
-    sizes = {"n": n, "chunk": chunk, "each": each, "unroll": unroll, "blocks": blocks}
-    return partial(_sum, counts=tuple(counts), finish=finish, **sizes, **options), blocks
+    program = partial(
+        _sum,
+        counts=tuple(counts),
+        finish=finish,
+        n=n,
+        chunk=chunk,
+        each=each,
+        unroll=unroll,
+        blocks=blocks,
+        own=scatter,
+    )
+    size = n // ranks if scatter else n
+    return _launch(program, blocks, axis_name, ranks, nodes, jax.ShapeDtypeStruct((size,), dtype), of_all=not scatter)
 
 
 def _sum(
@@ -84,21 +72,14 @@ def _sum(
     counts: tuple[int, ...],
     finish: Finish,
     n: int,
-    stride: int,
     chunk: int,
     each: int,
     unroll: int,
     blocks: int,
-    own: bool = False,
-    here: bool = False,
+    own: bool,
 ) -> None:
-    """A thread has every so many chunks of this rank's slice; ``own``: the result begins with it; ``here``: so do sources.
-
-    Node i of a source lies at i times ``stride``. Sources that are here are one array, rank after rank.
-    """
+    """A thread has every so many chunks of this rank's slice; ``own``: the result begins with it."""
     start = rank * (each * chunk) if n < 2**31 else m.wide(rank) * (each * chunk)
-    width = max(counts)
-    first_of = [r * width * stride if here else start for r in range(len(sources))]
 
     def turn(i: Any, _: list[Any]) -> list[Any]:
         first = (i * blocks + m.block) * (simt.THREADS * unroll) + m.thread
@@ -107,8 +88,8 @@ def _sum(
         inside = [(at < each) & (place + start < n) for at, place in zip(chunks, places, strict=True)]
         loaded = [
             [
-                [m.load(ref, place + first_of[r] + w * stride, chunk, where) for w in range(counts[r])]
-                for r, ref in enumerate(sources)
+                [m.load(ref, place + start + w * n, chunk, where) for w in range(count)]
+                for ref, count in zip(sources, counts, strict=True)
             ]
             for place, where in zip(places, inside, strict=True)
         ]
@@ -123,23 +104,15 @@ def _sum(
 
 
 def _launch(
-    program: Callable[..., None],
-    blocks: int,
-    axis_name: str,
-    ranks: int,
-    x: Array,
-    out: Any,
-    *,
-    of_all: bool = True,
-    here: bool = False,
+    program: Callable[..., None], blocks: int, axis_name: str, ranks: int, x: Array, out: Any, *, of_all: bool
 ) -> Array:
-    """``program(machine, rank, everybody's x, results)``: everybody's results ``of_all``, or one's own; one's own x ``here``."""
+    """``program(machine, rank, everybody's x, results)``: everybody's results ``of_all``, or one's own."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     devices = [{axis_name: rank} for rank in range(ranks)]
 
     def body(x: Any, result: Any) -> None:
-        sources = [x] * ranks if here else [plgpu.remote_ref(x, device) for device in devices]
+        sources = [plgpu.remote_ref(x, device) for device in devices]
         targets = [plgpu.remote_ref(result, device) for device in devices] if of_all else [result]
         arrays = [*sources, *targets]
 

@@ -102,33 +102,6 @@ def node_products(
     return exact.cast(leaves, dtype)
 
 
-def sent_products(
-    x: Array, w: Array, nodes: Sequence[Node], axis_name: str, ranks: int, *, layout: Layout = "lnk"
-) -> Array:
-    """:func:`node_products` whose rows leave for the GPU that will add them, while the kernel goes on.
-
-    Returns:
-        ``[ranks, nodes, rows, N]`` f32: slice r of the rows of every rank's product, on rank r; rows of the last slices that
-        are not there hold anything. `tbik_jax.kernels.hopper.peers.sum_slices` adds them.
-    """
-    from tbik_jax.kernels.matmul import hopper
-
-    _check("sent_products", x, w, layout=layout)
-    _family()
-    if x.dtype != w.dtype:
-        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    sends = hopper.Sends(axis_name, ranks)
-    (out,) = hopper.products(f"mlk,{layout}->mn", x, w, tuple(nodes), None, dtype=jnp.float32, sends=sends)
-    return out
-
-
-def can_send(rows: int, columns: int) -> bool:
-    """Whether :func:`sent_products` has a kernel for so many."""
-    from tbik_jax.kernels.matmul import hopper
-
-    return hopper.can_send(rows, columns)
-
-
 def parted_products(
     x: Array, w: Array | PackedWeight, parts: Sequence[int], *, dtype: DTypeLike = jnp.float32
 ) -> tuple[Array, ...]:

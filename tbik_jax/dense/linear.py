@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from tbik_jax._axes import all_gather, axis_size, vary, vary_like, varying_axes
+from tbik_jax._axes import all_gather, axis_size, vary, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import Algorithm, require_direct, to_finish, to_send, tree_psum, tree_psum_scatter
+from tbik_jax.collectives import Algorithm, to_finish, to_send, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
 from tbik_jax.kernels import matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
@@ -281,11 +280,6 @@ def _summed(
     # Nothing is added to a product of all leaves, and the kernel rounds.
     alone = _local_nodes(tree, axis_name)[0].ranks == 1 and scatter_dimension is None
     of_product = result if alone and bias is None else jnp.dtype(jnp.float32)
-    if algorithm == "direct" and scatter_dimension is None and _may_leave(x, w, layout, tree, axis_name):
-        early = result if bias is None else jnp.dtype(jnp.float32)
-        rows = x.reshape(-1, *(w.shape[layout.index(d)] for d in "lk"))
-        total = _sent(axis_name, tree, layout, early, result, rows, w)
-        return _finish("dense.row_parallel", total.reshape(*x.shape[:-1], -1), bias, result)
     parts, plan = _parts("dense.row_parallel", x, w, layout, tree, axis_name, of_product, result)
     if axis_name is None:
         total = parts[0]
@@ -334,58 +328,6 @@ def _parts(
     else:
         parts = _node_products(nodes, layout, of_product, result, rows, w)
     return parts.reshape(parts.shape[0], *x.shape[:-1], parts.shape[-1]), plan
-
-
-def _may_leave(x: Array, w: Array | PackedWeight, layout: matmul.Layout, tree: Tree, axis_name: str | None) -> bool:
-    """Whether a kernel can send its results to the ranks that add them. Anything wrong is left to the checks of others."""
-    if axis_name is None or isinstance(w, PackedWeight) or x.shape[-1] != w.size // w.shape[layout.index("n")]:
-        return False
-    plan = schedule(tree, axis_size(axis_name))
-    if plan.ranks == 1 or not (plan.is_uniform or plan.sends_leaves):
-        return False
-    require_direct("dense.row_parallel", plan, axis_name)
-    return matmul.can_send(math.prod(x.shape[:-1]), w.shape[layout.index("n")])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _sent(axis_name: str, tree: Tree, layout: matmul.Layout, dtype: Dtype, result: Dtype, x: Array, w: Array) -> Array:
-    """`tree_psum` of `_node_products`, whose results travel while the tensor cores go on. ``x [M, slots, k]``."""
-    from tbik_jax.kernels.hopper import peers
-
-    plan, nodes = _local_nodes(tree, axis_name)
-    counts, finish = to_finish(plan)
-    slices = matmul.sent_products(x, w, nodes, axis_name, plan.ranks, layout=layout)
-    total = peers.sum_slices(slices, axis_name, counts, finish, x.shape[0], dtype=dtype)
-    return vary(total, *sorted((varying_axes(x) | varying_axes(w)) - {axis_name}))
-
-
-def _sent_fwd(
-    axis_name: str, tree: Tree, layout: matmul.Layout, dtype: Dtype, result: Dtype, x: Array, w: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _sent(axis_name, tree, layout, dtype, result, x, w), (x, w)
-
-
-def _sent_bwd(
-    axis_name: str,
-    tree: Tree,
-    layout: matmul.Layout,
-    dtype: Dtype,
-    result: Dtype,
-    saved: tuple[Array, Array],
-    dy: Array,
-) -> tuple[Array, Array]:
-    """Those of product and sum apart; XLA drops the forward pass that they begin with."""
-    plan, nodes = _local_nodes(tree, axis_name)
-
-    def apart(x: Array, w: Array) -> Array:
-        parts = _node_products(nodes, layout, jnp.dtype(jnp.float32), result, x, w)
-        return tree_psum(parts, axis_name, tree=tree, dtype=dtype, of_nodes=plan.is_uniform)
-
-    _, pull = jax.vjp(apart, *saved)
-    return pull(dy)
-
-
-_sent.defvjp(_sent_fwd, _sent_bwd)
 
 
 def make_dot_general(contract: Contract, *, axis_name: str | None = None, leaves: int = 1) -> Callable[..., Array]:

@@ -36,7 +36,7 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch, leaves: np.ndarray, tree: Tree, r
         nodes[rank, : len(given)] = given
     results: list[np.ndarray] = []
 
-    def launch(program, blocks, axis_name, count, x, out, *, of_all=True):
+    def launch(program, blocks, axis_name, count, x, out, *, of_all):
         assert count == ranks
         results.extend(np.full(out.shape, np.nan, out.dtype) for _ in range(ranks))
         written = [np.zeros(out.shape, int) for _ in range(ranks)]

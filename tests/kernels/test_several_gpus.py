@@ -74,7 +74,7 @@ def test_sums(rng, tree):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tree", TREES, ids=str)
-def test_products_whose_results_travel(rng, tree, dtype):
+def test_products(rng, tree, dtype):
     """Rows that fill no tile, more columns than a tile, and gradients."""
     contract = Contract(tree=tree)
     slots = schedule(contract.tree_over(8), RANKS).slots

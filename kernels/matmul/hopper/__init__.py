@@ -20,12 +20,12 @@ from jax.typing import DTypeLike
 from tbik_jax._problems import Problems
 from tbik_jax.kernels.backend import multiprocessors as _multiprocessors
 from tbik_jax.kernels.matmul.hopper import large, small, split, tuning
-from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Sends, Tiles
+from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
 from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
 from tbik_jax.tree import Node
 
-__all__ = ["Sends", "SmallTiles", "Tiles", "gated", "is_gated", "product", "products"]
+__all__ = ["SmallTiles", "Tiles", "gated", "is_gated", "product", "products"]
 
 Array = jax.Array
 
@@ -74,12 +74,8 @@ def products(
     *,
     dtype: DTypeLike | None = None,
     tiles: Tiles | SmallTiles | None = None,
-    sends: Sends | None = None,
 ) -> tuple[Array, ...]:
-    """:func:`product`, its ``n`` cut in ``parts``, each an array of its own: projections that share an input and a weight.
-
-    With ``sends``, one array: what this rank gets of everybody's product, see :class:`Sends`.
-    """
+    """:func:`product`, its ``n`` cut in ``parts``, each an array of its own: projections that share an input and a weight."""
     of_a, of_b, of_out = _parse(spec)
     swapped = parts is None and {"m", "n"} <= set(of_out) and of_out.index("n") < of_out.index("m")
     if swapped:  # results leave the kernel row by row; a product commutes, so that the operands may change places
@@ -142,9 +138,6 @@ def products(
     problem = Problem(sizes["m"], sizes["n"], k, batch, of_rows, of_columns, axes, a.dtype, out_dtype, steps)
     a, b = _padded(of_rows, a), _padded(of_columns, b)
     blocks = _multiprocessors()
-    if sends is not None:
-        assert not isinstance(tiles, SmallTiles)
-        return (large.product(problem, tiles or tuning.large_tiles(problem, blocks), a, b, blocks=blocks, sends=sends),)
     if tiles is None and of_out == "mn" and of_rows.k_major and of_columns.k_major and problem.m <= tuning.SMALL_ROWS:
         tiles = tuning.small_tiles(problem, blocks)
     if isinstance(tiles, SmallTiles):
@@ -153,11 +146,6 @@ def products(
         starts = itertools.accumulate(parts, initial=0)
         outs = tuple(_part(problem, n, start, tiles, a, b, blocks) for n, start in zip(parts, starts, strict=False))
     return tuple(out[0] for out in outs) if len(nodes) == 1 else outs
-
-
-def can_send(m: int, n: int) -> bool:
-    """Whether :func:`products` of so many rows and columns of f32 may leave for peers."""
-    return m > tuning.SMALL_ROWS and n % 32 == 0
 
 
 def is_gated(a: Array, b: Array) -> bool:

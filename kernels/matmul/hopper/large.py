@@ -105,49 +105,19 @@ class Problem:
         return (self.first,) if self.up is None else (self.first, self.up)
 
 
-@dataclass(frozen=True)
-class Sends:
-    """Results leave for the memory of the rank that will add them, while the tensor cores go on.
-
-    Rank r owns the r-th of ``ranks`` slices of the rows, whole tiles. It gets them from everybody, itself included:
-    ``[ranks, nodes, rows of a slice, n]``.
-
-    Attributes:
-        axis_name: Axis of the mesh, see :mod:`tbik_jax.kernels.hopper.peers`.
-        ranks: Of that axis.
-    """
-
-    axis_name: str
-    ranks: int
-
-    def rows(self, m: int) -> int:
-        """Of a slice. Two tiles are the most that a cluster has one below the other."""
-        unit = 4 * ROWS
-        return -(-m // (unit * self.ranks)) * unit
-
-
-def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int, sends: Sends | None = None) -> Array:
-    """``[nodes, batch, m, n]`` in the order of ``problem.out_axes``; ``blocks`` is how many the device runs at once.
-
-    With ``sends``, what this rank gets, of one batch: ``[ranks, nodes, rows of a slice, n]``. The peers have to pass a barrier
-    before it may be read: the next kernel that reads their memory has one in front.
-    """
+def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) -> Array:
+    """``[nodes, batch, m, n]`` in the order of ``problem.out_axes``; ``blocks`` is how many the device runs at once."""
     # TMA writes whole swizzled tiles; what ragged sizes need beyond their own is cut off again.
     width = out_width(tiles.columns // len(problem.factors), problem.n, problem.out_dtype, tiles.out_bytes)
     sizes = {"s": len(problem.program.ends), "b": problem.batch, "m": problem.m, "n": problem.n}
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
-    if sends is not None:
-        if (problem.out_axes, problem.batch, padded["n"]) != ("smn", 1, problem.n) or tiles.cluster > 2:
-            raise NotImplementedError(f"results [{problem.out_axes}] of {problem.n} columns do not leave for peers")
-        rows = sends.rows(problem.m)
-        out = jax.ShapeDtypeStruct((sends.ranks, sizes["s"], rows, problem.n), problem.out_dtype)
     grid = blocks // tiles.cluster
     far = max(0, problem.program.storages - 1) * spill.accesses(ROWS, tiles.columns) - tiles.near
     waiting = (grid * tiles.cluster, 2, far * spill.WORDS) if far > 0 else (1, 1, spill.WORDS)
     scratch = jax.ShapeDtypeStruct(waiting, jnp.float32)
     result, _ = plgpu.kernel(
-        functools.partial(_kernel, problem=problem, tiles=tiles, sends=sends),
+        functools.partial(_kernel, problem=problem, tiles=tiles),
         out_type=(out, scratch),
         grid=(grid,),
         grid_names=("grid",),
@@ -158,9 +128,7 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int, 
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*unsliced(a, b))
-    if sends is not None or sizes == padded:
-        return result
-    return result[tuple(slice(sizes[axis]) for axis in problem.out_axes)]
+    return result if sizes == padded else result[tuple(slice(sizes[axis]) for axis in problem.out_axes)]
 
 
 def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
@@ -182,9 +150,7 @@ def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
     return next((width for width in widths if n % width == 0), widths[0])
 
 
-def _kernel(
-    a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles, sends: Sends | None
-) -> None:
+def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
     program, columns, stages = problem.program, tiles.columns, tiles.stages
     results = columns // len(problem.factors)  # columns of the result in a tile
     block_rows = 2 * ROWS
@@ -233,9 +199,6 @@ def _kernel(
                     batch = lax.div(index, jnp.int32(row_tiles * column_tiles))
                     inside = lax.rem(index, jnp.int32(row_tiles * column_tiles))
                 row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, tiles.band)
-                if sends is not None:  # everybody begins with another owner's rows, and ends with its own
-                    shift = (lax.axis_index(sends.axis_name) + 1) * (sends.rows(problem.m) // (block_rows * across))
-                    row = lax.rem(row + shift, jnp.int32(row_tiles))
                 first_step = info.local_index * (program.leaves * steps)
                 down, right = (0, cta) if shares_rows else (cta, 0)
                 body(batch, (row * across + down) * block_rows, (column * along + right) * results, first_step)
@@ -361,20 +324,7 @@ def _kernel(
                             slot[...] = piece(start)
                             plgpu.commit_smem()
                         where["n"] = pl.ds(column + start, width)
-                        if sends is None:
-                            plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
-                        else:
-                            send(sends, slot, node, row, where["n"])
-
-                def send(sends, slot, node, row, columns):
-                    rows, source = sends.rows(problem.m), lax.axis_index(sends.axis_name)
-                    inside = pl.ds(lax.rem(row, jnp.int32(rows)) + wg * ROWS, ROWS)
-                    for owner in range(sends.ranks):
-
-                        @pl.when(lax.div(row, jnp.int32(rows)) == owner)
-                        def _(owner=owner):
-                            there = plgpu.remote_ref(out_gmem, {sends.axis_name: owner})
-                            plgpu.copy_smem_to_gmem(slot, there.at[source, node, inside, columns])
+                        plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
 
                 block = lax.axis_index("grid") * tiles.cluster + cta
 
