@@ -115,7 +115,8 @@ def digests() -> str:
 def several_gpus() -> str:
     """Times over plain ones on several GPUs, of collectives over psum, and whether bits were equal; from the newest rows."""
     rows = [json.loads(line) for line in (ROWS / "multi_gpu.jsonl").read_text(encoding="utf-8").splitlines()]
-    models = {(r["work"], r["tp"], r["numerics"]): r for r in rows if r["section"] == "model"}
+    timed = [row for row in rows if row["processes"] == 1]
+    models = {(r["work"], r["tp"], r["numerics"]): r for r in timed if r["section"] == "model"}
     lines = ["| work | GPUs | numerics | invariant / plain |", "|---|---|---|---|"]
     lines += [
         f"| {work} | {tp} | {numerics} | {row['over_plain']:.2f} ({row['ms']:.1f} ms) |"
@@ -124,7 +125,7 @@ def several_gpus() -> str:
     ]
     collectives = {
         (r["collective"], r["ranks"], r["kibibytes"], r["algorithm"]): r
-        for r in rows
+        for r in timed
         if r["section"] == "collectives" and "over_psum" in r
     }
     sizes = sorted({kibibytes for _, _, kibibytes, _ in collectives})
@@ -135,10 +136,11 @@ def several_gpus() -> str:
             cells = [f"{collectives[kind, 2, size, algorithm]['over_psum']:.2f}" for size in sizes]
             lines.append(f"| {name}, `{algorithm}` | {' | '.join(cells)} |")
     compared = [row["bits"] for row in rows if "bits" in row]
+    apart = sum("bits" in row for row in rows if row["processes"] > 1)
     newest = [*models.values(), *collectives.values()]
     where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest)
     equal = "all equal" if set(compared) == {"equal"} else "NOT all equal"
-    return "\n".join([*lines, "", f"{len(compared)} comparisons of bits, {equal}. {'; '.join(where)}."])
+    return "\n".join([*lines, "", f"{len(compared)} comparisons of bits ({apart} over two processes), {equal}. {'; '.join(where)}."])
 
 
 def _bytes(kibibytes: int) -> str:
