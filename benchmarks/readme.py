@@ -140,7 +140,9 @@ def several_gpus() -> str:
     newest = [*models.values(), *collectives.values()]
     where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest)
     equal = "all equal" if set(compared) == {"equal"} else "NOT all equal"
-    return "\n".join([*lines, "", f"{len(compared)} comparisons of bits ({apart} over two processes), {equal}. {'; '.join(where)}."])
+    return "\n".join(
+        [*lines, "", f"{len(compared)} comparisons of bits ({apart} over two processes), {equal}. {'; '.join(where)}."]
+    )
 
 
 def _bytes(kibibytes: int) -> str:

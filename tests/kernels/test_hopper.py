@@ -180,7 +180,7 @@ def test_what_has_no_kernel_yet_is_refused(monkeypatch):
 
 @interpreted
 @pytest.mark.newest
-@pytest.mark.parametrize("tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=64, out_slots=4, turns=True)])
+@pytest.mark.parametrize("tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=32, turns=True)])
 @pytest.mark.parametrize("leaves, arities, m, n", [(1, (2,), 136, 80), (3, (3,), 136, 80), (2, (2,), 72, 96)])
 def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n, tiles):
     """Ring, tiles and chain of the kernel for many rows. The CPU's dots have other bits than the GPU's, so: values."""
@@ -260,7 +260,7 @@ def test_gating_in_the_kernel_is_the_stages_one_by_one(rng, m, n, k, dtype):
     assert hopper.is_gated(x, w)
     want = jax.jit(lambda x, w: swiglu(*matmul.parted_products(x[:, None], w, (n, n), dtype=x.dtype)))(x, w)
     assert_bitwise_equal(jax.jit(matmul.gated_products)(x, w), want)
-    for tiles in (Tiles(256, 4, 2, out_bytes=64, out_slots=2), Tiles(128, 3), Tiles(64, 4, out_slots=2)):
+    for tiles in (Tiles(256, 4, 2, out_bytes=64), Tiles(128, 3), Tiles(64, 4, out_bytes=32)):
         assert_bitwise_equal(jax.jit(partial(hopper.gated, tiles=tiles))(x, w), want, str(tiles))
 
 
@@ -322,12 +322,13 @@ def test_tiles_and_runs_change_nothing(rng, arities):
     assert_bitwise_equal(multiply("mlk,nlk->mn", root)(x, y), want, "again")
     for tiles in (
         Tiles(192, 3),
-        Tiles(208, 4, out_slots=2, turns=True),
+        Tiles(208, 4, turns=True),
         Tiles(208, 4, near=13, cluster=2, out_bytes=32),
         Tiles(128, 4, near=19, turns=True),
         Tiles(64, 3, cluster=2, band=2, turns=True),
         Tiles(48, 2, near=12),
-        Tiles(208, 2, out_slots=13),
+        Tiles(128, 5, sums=2, near=14, out_bytes=64, turns=True),
+        Tiles(96, 3, sums=2, cluster=2, out_bytes=32),
         SmallTiles(64, True, 64, 3, 8),
         SmallTiles(128, True, 64, 2, 4),
         SmallTiles(16, False, 128, 2, 2),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -43,21 +43,22 @@ class Tiles:
             such tiles must fit in registers. Of 64 where the columns are the fast dimension of ``b``.
         stages: Slots of the ring.
         cluster: Blocks that share by multicast what they read, 1, 2 or 4: columns, or the rows where one block has all of them.
+        sums: How many sums that wait do so in registers, 1 or 2; with 2 a tile has at most 128 columns.
         near: How much of the waiting sums (beyond registers) is in shared memory, in accesses of 16 bytes per thread; the
             rest is in device memory. A sum takes ``columns / 8`` accesses.
         band: Width of the bands in which the grid walks the tiles, for the L2 cache.
-        out_bytes: Results leave through shared memory in pieces of at most so many bytes of a row: 128, 64 or 32.
-        out_slots: How many pieces may be on their way; all of them leave at once if there is room for all.
+        out_bytes: Results leave through shared memory in pieces of at most so many bytes of a row, 128, 64 or 32, one with
+            each of the next leaf's first steps.
         turns: The computing warpgroups start their steps in turns, so that one adds leaves while the other multiplies.
     """
 
     columns: int = 192
     stages: int = 4
     cluster: int = 1
+    sums: int = 1
     near: int = 0
     band: int = 8
     out_bytes: int = 128
-    out_slots: int = 1
     turns: bool = False
 
 
@@ -113,7 +114,7 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
     grid = blocks // tiles.cluster
-    far = max(0, problem.program.storages - 1) * spill.accesses(ROWS, tiles.columns) - tiles.near
+    far = max(0, problem.program.storages - tiles.sums) * spill.accesses(ROWS, tiles.columns) - tiles.near
     waiting = (grid * tiles.cluster, 2, far * spill.WORDS) if far > 0 else (1, 1, spill.WORDS)
     scratch = jax.ShapeDtypeStruct(waiting, jnp.float32)
     result, _ = plgpu.kernel(
@@ -159,9 +160,9 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     across, along = (1, tiles.cluster) if shares_rows else (tiles.cluster, 1)  # tiles of a cluster: rows by columns
     row_tiles = -(-problem.m // (block_rows * across))
     column_tiles = -(-problem.n // (results * along))
-    storages = max(0, program.storages - 1)  # beyond registers
-    accesses = spill.accesses(ROWS, columns)  # of one of them
-    near = min(storages * accesses, tiles.near)
+    sums = min(tiles.sums, program.storages)  # in registers
+    accesses = spill.accesses(ROWS, columns)  # of one that waits elsewhere
+    near = min((program.storages - sums) * accesses, tiles.near)
     a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
 
     width = out_width(results, problem.n, problem.out_dtype, tiles.out_bytes)
@@ -173,9 +174,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     scopes = {
         "a_smem": plgpu.SMEM((stages, *a_tile), problem.dtype, transforms=swizzled(DEPTH, problem.dtype)),
         "b_smem": plgpu.SMEM((stages, *b_tile), problem.dtype, transforms=swizzled(DEPTH, problem.dtype)),
-        "out_smem": plgpu.SMEM(
-            (2, tiles.out_slots, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)
-        ),
+        "out_smem": plgpu.SMEM((2, ROWS, width), problem.out_dtype, transforms=swizzled(width, problem.out_dtype)),
         "full": plgpu.Barrier(num_arrivals=1 + len(problem.factors), num_barriers=stages),
         "empty": barrier(num_arrivals=2, num_barriers=stages),
     }
@@ -189,9 +188,14 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
         wg = lax.axis_index("wg")
         cta = lax.axis_index("cluster")
 
-        def each_tile(body):
-            @plgpu.nd_loop((problem.batch * row_tiles * column_tiles,), collective_axes="grid")
-            def _(info):
+        def starts_of(tile):
+            # Mosaic must see that these are multiples, so a tile is carried by its number.
+            batch, row, column = tile
+            return batch, row * block_rows, column * results
+
+        def each_tile(body, carry):
+            @plgpu.nd_loop((problem.batch * row_tiles * column_tiles,), collective_axes="grid", init_carry=carry)
+            def last(info, carry):
                 (index,) = info.index
                 if problem.batch == 1:
                     batch, inside = jnp.int32(0), index
@@ -201,14 +205,19 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 row, column = plgpu.planar_snake(inside, (row_tiles, column_tiles), 1, tiles.band)
                 first_step = info.local_index * (program.leaves * steps)
                 down, right = (0, cta) if shares_rows else (cta, 0)
-                body(batch, (row * across + down) * block_rows, (column * along + right) * results, first_step)
+                tile = batch, row * across + down, column * along + right
+                return body(tile, first_step, carry)
+
+            return last
 
         @pl.when(wg == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
-            def load_tile(batch, row, column, first_step):
-                def load(index, _):
+            def load_tile(tile, first_step, done):
+                batch, row, column = starts_of(tile)
+
+                def load(index, done):
                     leaf = lax.div(index, jnp.int32(steps))
                     k = lax.rem(index, jnp.int32(steps)) * DEPTH
                     step = first_step + index
@@ -235,11 +244,11 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                             full.at[slot],
                             collective_axes="cluster" if shared and tiles.cluster > 1 else None,
                         )
-                    return _
+                    return done
 
-                lax.fori_loop(0, program.leaves * steps, load, None)
+                return lax.fori_loop(0, program.leaves * steps, load, done)
 
-            each_tile(load_tile)
+            each_tile(load_tile, jnp.int32(0))
             if tiles.cluster > 1:
                 # A block must not leave while its neighbour still signals to it.
                 total = _tiles_of_this_block(problem.batch * row_tiles * column_tiles) * (program.leaves * steps)
@@ -252,148 +261,157 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 
         @pl.when(wg != 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             if turn is not None:
 
                 @pl.when(wg == 1)
                 def _():
                     plgpu.barrier_arrive(turn.at[0])
 
-            def compute_tile(batch, row, column, first_step):
-                def multiply(leaf):
-                    base = first_step + leaf * steps
+            def multiply(leaf, first_step, held):
+                """The value of a leaf, and what then waits first in registers; the result before it leaves meanwhile."""
+                base = first_step + leaf * steps
 
-                    def accumulate(acc):
-                        def step(i, _):
-                            slot = lax.rem(base + i, jnp.int32(stages))
-                            plgpu.barrier_wait(full.at[slot])
-                            a = a_smem.at[slot]
-                            if not problem.a.k_major:
-                                a = plgpu.transpose_ref(a, (1, 0))
-                            a = a.at[pl.ds(wg * ROWS, ROWS)]
-                            b = b_smem.at[slot]
-                            if problem.b.k_major:
-                                b = plgpu.transpose_ref(b, (1, 0))
-                            if turn is not None:
-                                plgpu.barrier_wait(turn.at[wg])
-                            plgpu.wgmma(acc, a, b)
-                            if turn is not None:
-                                plgpu.barrier_arrive(turn.at[1 - wg])
-                            plgpu.wgmma_wait(1)
+                def accumulate(acc):
+                    def step(i):
+                        slot = lax.rem(base + i, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        a = a_smem.at[slot]
+                        if not problem.a.k_major:
+                            a = plgpu.transpose_ref(a, (1, 0))
+                        a = a.at[pl.ds(wg * ROWS, ROWS)]
+                        b = b_smem.at[slot]
+                        if problem.b.k_major:
+                            b = plgpu.transpose_ref(b, (1, 0))
+                        if turn is not None:
+                            plgpu.barrier_wait(turn.at[wg])
+                        plgpu.wgmma(acc, a, b)
+                        if turn is not None:
+                            plgpu.barrier_arrive(turn.at[1 - wg])
+                        plgpu.wgmma_wait(1)
 
-                            @pl.when(i > 0)
-                            def _():
-                                plgpu.barrier_arrive(empty.at[lax.rem(base + i - 1, jnp.int32(stages))])
+                        @pl.when(i > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[lax.rem(base + i - 1, jnp.int32(stages))])
 
-                            return _
+                    def step_and_leave(i, waiting):
+                        step(i)
+                        return leave_at(i, held, waiting)
 
-                        lax.fori_loop(0, steps, step, None)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[lax.rem(base + steps - 1, jnp.int32(stages))])
-                        return acc[...]
+                    def step_alone(i, done):
+                        step(i)
+                        return done
 
-                    return pl.run_scoped(accumulate, plgpu.ACC((ROWS, columns), jnp.float32))
+                    # Two loops, since most steps have nothing that leaves, and must not be late.
+                    first = lax.select(held.node >= 0, jnp.int32(rounds), jnp.int32(0))
+                    waiting = lax.fori_loop(0, first, step_and_leave, held.values[0] if program.storages else None)
+                    lax.fori_loop(first, steps, step_alone, None)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem(base + steps - 1, jnp.int32(stages))])
+                    return acc[...], waiting
 
-                def emit(leaf, value):
-                    node = (
-                        sum((leaf > end).astype(jnp.int32) for end in program.ends[:-1]) if len(program.ends) > 1 else 0
-                    )
-                    value = value.astype(problem.out_dtype)
+                return pl.run_scoped(accumulate, plgpu.ACC((ROWS, columns), jnp.float32))
 
-                    def piece(start):
-                        if problem.up is None:
-                            return value[:, start : start + width]
-                        gate, up = value[:, start : start + width], value[:, results + start : results + start + width]
-                        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-                        gated = simt.elementwise(lambda m, g, u: formulas.swiglu(m, g, u)[0], gate, up)
-                        return gated.astype(problem.out_dtype)
+            # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
+            starts = range(0, min(results, -(-problem.n // width) * width), width)
+            each = -(-len(starts) // steps)
+            rounds = -(-len(starts) // each)  # steps of the next leaf with which pieces leave
 
-                    where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
-                    # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
-                    starts = range(0, min(results, -(-problem.n // width) * width), width)
-                    at_once = tiles.out_slots >= len(starts)
-                    if at_once:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        for number, start in enumerate(starts):
-                            out_smem[wg, number] = piece(start)
-                        plgpu.commit_smem()
-                    for number, start in enumerate(starts):
-                        slot = out_smem.at[wg, number % tiles.out_slots]
-                        if not at_once:
-                            plgpu.wait_smem_to_gmem(tiles.out_slots - 1, wait_read_only=True)
-                            slot[...] = piece(start)
-                            plgpu.commit_smem()
-                        where["n"] = pl.ds(column + start, width)
-                        plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
+            def leave_at(step, held, waiting):
+                """The pieces that are due with a ``step`` of the next leaf; after the last of them nothing waits any more."""
+                value = waiting if program.storages else held.values[0]
+                for number in range(rounds):
 
-                block = lax.axis_index("grid") * tiles.cluster + cta
+                    @pl.when(step == number)
+                    def _(number=number):
+                        leave(starts[number * each : (number + 1) * each], value, held.node, held.tile)
 
-                def storage(number):
-                    start, stop = (number - 1) * accesses, number * accesses
-                    here, there = min(max(near, start), stop) - start, stop - max(near, start)
-                    refs = []
-                    if here > 0:
-                        refs.append(near_smem.at[wg, pl.ds(start * spill.WORDS, here * spill.WORDS)])
-                    if there > 0:
-                        at = (stop - there - near) * spill.WORDS
-                        refs.append(far_gmem.at[block, wg, pl.ds(at, there * spill.WORDS)])
-                    return refs
+                return lax.cond(step == rounds - 1, nothing, lambda: waiting) if program.storages else waiting
 
-                def settle(leaf, value, number):
-                    """Add the sums that wait from storage ``number`` up, then wait there or leave."""
-                    if number > storages:
-                        emit(leaf, value)
-                        return
-                    pops = program.mask(lambda step: number in step.pops)
-                    pushes = program.mask(lambda step: step.push == number)
-                    if pops:
-                        value = lax.cond(
-                            _holds(pops, leaf, program.leaves),
-                            lambda: spill.load_add(storage(number), value),
-                            lambda: value,
-                        )
+            def leave(starts, value, node, tile):
+                batch, row, column = starts_of(tile)
+                # Mosaic takes no index into a dimension of one but 0.
+                node, batch = (node if len(program.ends) > 1 else 0), (batch if problem.batch > 1 else 0)
+                where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
+                for start in starts:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem[wg] = piece(value, start)
+                    plgpu.commit_smem()
+                    where["n"] = pl.ds(column + start, width)
+                    there = out_gmem.at[tuple(where[axis] for axis in problem.out_axes)]
+                    plgpu.copy_smem_to_gmem(out_smem.at[wg], there)
 
-                    @pl.when(_holds(pushes, leaf, program.leaves))
-                    def _():
-                        spill.store(storage(number), value)
+            def piece(value, start):
+                if problem.up is None:
+                    return value[:, start : start + width].astype(problem.out_dtype)
+                gate, up = value[:, start : start + width], value[:, results + start : results + start + width]
+                gate, up = (x.astype(problem.out_dtype).astype(jnp.float32) for x in (gate, up))
+                gated = simt.elementwise(lambda m, g, u: formulas.swiglu(m, g, u)[0], gate, up)
+                return gated.astype(problem.out_dtype)
 
-                    @pl.when(jnp.logical_not(_holds(pushes, leaf, program.leaves)))
-                    def _():
-                        settle(leaf, value, number + 1)
+            block = lax.axis_index("grid") * tiles.cluster + cta
 
-                def after(leaf, waiting):
-                    value = multiply(leaf)
-                    if program.storages == 0:
-                        emit(leaf, value)
-                        return waiting
-                    # Where nothing waits in registers, -0 does.
-                    value = waiting + value
-                    keeps = program.mask(lambda step: step.push == 0)
+            def storage(number):
+                start, stop = ((number - sums) * accesses, (number - sums + 1) * accesses)
+                here, there = min(max(near, start), stop) - start, stop - max(near, start)
+                refs = []
+                if here > 0:
+                    refs.append(near_smem.at[wg, pl.ds(start * spill.WORDS, here * spill.WORDS)])
+                if there > 0:
+                    at = (stop - there - near) * spill.WORDS
+                    refs.append(far_gmem.at[block, wg, pl.ds(at, there * spill.WORDS)])
+                return refs
 
-                    def settled():
-                        settle(leaf, value, 1)
-                        return nothing()
+            def stops(leaf):
+                """Where the value of a leaf goes from the registers' first sum on."""
 
-                    return lax.cond(_holds(keeps, leaf, program.leaves), lambda: value, settled)
+                def holds(of_step):
+                    return _holds(program.mask(of_step), leaf, program.leaves).astype(jnp.int32)
 
-                def nothing():
-                    return plgpu.layout_cast(jnp.full((ROWS, columns), -0.0, jnp.float32), plgpu.Layout.WGMMA)
+                for number in range(1, program.storages):
+                    pops = holds(lambda step, number=number: number in step.pops)
+                    pushes = holds(lambda step, number=number: step.push == number)
+                    if number < sums:
+                        yield spill.Stop(pops, pushes, register=number)
+                    else:
+                        yield spill.Stop(pops, pushes, refs=storage(number))
+
+            def nothing():
+                # Where nothing waits in registers, -0 does: -0 + x is x for every x.
+                return plgpu.layout_cast(jnp.full((ROWS, columns), -0.0, jnp.float32), plgpu.Layout.WGMMA)
+
+            def compute_tile(tile, first_step, held):
+                def after(leaf, held):
+                    value, waiting = multiply(leaf, first_step, held)
+                    ends = _holds(sum(1 << end for end in program.ends), leaf, program.leaves)
+                    node = sum(((leaf > end).astype(jnp.int32) for end in program.ends[:-1]), jnp.int32(0))
+                    node = lax.select(ends, node, jnp.int32(-1))
+                    if not program.storages:
+                        return _Held((value.astype(problem.out_dtype),), node, tile)
+                    if program.storages == 1:
+                        return _Held((waiting + value,), node, tile)
+                    return _Held(spill.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf))), node, tile)
 
                 if program.leaves == 1:
-                    emit(jnp.int32(0), multiply(jnp.int32(0)))
-                elif program.is_chain:
-                    # From -0, since -0 + x is x for every x: a first leaf of its own would be a second copy of the loop.
-                    emit(
-                        jnp.int32(0),
-                        lax.fori_loop(0, program.leaves, lambda leaf, total: total + multiply(leaf), nothing()),
-                    )
-                elif program.storages == 0:
-                    lax.fori_loop(0, program.leaves, after, None)
-                else:
-                    lax.fori_loop(0, program.leaves, after, nothing())
+                    return after(jnp.int32(0), held)
+                return lax.fori_loop(0, program.leaves, after, held)
 
-            each_tile(compute_tile)
+            values = [nothing()] * sums if program.storages else [nothing().astype(problem.out_dtype)]
+            held = each_tile(compute_tile, _Held(tuple(values), jnp.int32(-1), (jnp.int32(0),) * 3))
+            pl.when(held.node >= 0)(lambda: leave(starts, held.values[0], held.node, held.tile))
             plgpu.wait_smem_to_gmem(0)
+
+
+class _Held(NamedTuple):
+    """What a computing warpgroup has in registers between leaves.
+
+    ``values[0]`` is node number ``node`` of ``tile``, which leaves with the next leaf's first steps; else, if ``node`` is -1,
+    a sum that waits, as the other values do.
+    """
+
+    values: tuple[Array, ...]
+    node: Array
+    tile: tuple[Array, Array, Array]
 
 
 def _tiles_of_this_block(total: int) -> Array:

@@ -12,6 +12,8 @@ from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
 #: Shared memory of a multiprocessor, and what the system and the barriers of a block take of it.
 _SHARED, _TAKEN = 233_472, 2 * 1024
+#: Columns of a tile whose accumulator leaves registers for two sums that wait.
+_WIDEST_OF_TWO = 128
 #: Rows up to which the weight is what counts.
 SMALL_ROWS = 128
 
@@ -22,13 +24,17 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
     A tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that must leave in
     pieces of 32 bytes, since nothing wider divides their rows, take longer than some columns more.
     """
-    adds = problem.program.storages > 0
-    widths = (208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32) if adds else (256, 224, *range(208, 31, -16))
+    program = problem.program
+    # What waits in registers, a sum or an f32 result that leaves, takes as many as the accumulator; bf16 takes half.
+    holds = program.storages > 0 or jnp.dtype(problem.out_dtype).itemsize > 2
+    widths = (208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32) if holds else (256, 224, *range(208, 31, -16))
     parts = len(problem.factors)  # of a tile, side by side
     if parts > 1:
         widths = tuple(columns for columns in widths if columns % (64 * parts) == 0)
     if not problem.b.k_major:  # TMA then wants whole swizzled rows of columns
         widths = tuple(columns for columns in widths if columns % 64 == 0)
+    if program.storages > 1 and problem.k < 1024:  # sums move so often that they belong in registers
+        widths = tuple(columns for columns in widths if columns <= _WIDEST_OF_TWO)
     rows = -(-problem.m // (2 * ROWS)) * problem.batch
 
     piece = out_width(192, problem.n, problem.out_dtype) * jnp.dtype(problem.out_dtype).itemsize
@@ -38,8 +44,6 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         tiles = rows * -(-problem.n // (columns // parts))
         return -(-tiles // blocks) * (columns + fixed)
 
-    if problem.program.storages > 2 and problem.k < 1024:
-        widths = tuple(columns for columns in widths if columns <= 160)
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
 
@@ -47,16 +51,20 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
 def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     """As many stages as help; where the sums that wait are kept is what was faster on an H100 (docs/hopper.md)."""
     program = problem.program
-    waits, rows = max(0, program.storages - 1), -(-problem.m // (2 * ROWS))
+    sums = 2 if program.storages > 1 and columns <= _WIDEST_OF_TWO else 1
+    waits, rows = max(0, program.storages - sums), -(-problem.m // (2 * ROWS))
     few = problem.m <= SMALL_ROWS  # the weight then comes from device memory, and what is on its way counts
-    # Narrow pieces leave room: for two at once of a tile without sums that wait, for the sums elsewhere.
-    out_bytes, out_slots = (32, 1) if waits and columns % 64 else (64, 2) if columns >= 224 else (128, 1)
-    if program.is_chain and columns % 64 and not few:
-        out_slots = 2
-    out = 2 * ROWS * out_slots * out_width(columns // len(problem.factors), problem.n, problem.out_dtype, out_bytes)
-    out *= jnp.dtype(problem.out_dtype).itemsize
+    # Pieces as narrow as the steps of a leaf have time for: they delay a step less.
+    item = jnp.dtype(problem.out_dtype).itemsize
+    out_bytes = 32 * item
+    out = 2 * ROWS * out_width(columns // len(problem.factors), problem.n, problem.out_dtype, out_bytes) * item
     stage = (2 * ROWS + columns) * 64 * 2
-    most = 8 if few or (columns <= 96 and not waits) else 4 if waits or columns > 128 else 6
+    if few or (columns <= 96 and not waits):
+        most = 8
+    elif columns > 128:
+        most = 4
+    else:
+        most = 5 if waits else 6
     stages = min(most, (_SHARED - 2 * _TAKEN - out) // stage)
     if stages < 2:
         return None
@@ -67,11 +75,13 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     )
     if few:
         pairs = problem.k * program.leaves >= 16384
+    elif program.leaves == 1:
+        pairs = rows % 2 == 0 and columns >= 224
     else:
-        pairs = rows % 2 == 0 and (columns > 160 if waits else program.leaves == 1 and columns >= 224)
+        pairs = rows % 2 == 0 and waits > 1 and columns > 160
     # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
-    turns = program.leaves > 1 and not few and not pairs and (columns > 128 or bool(waits) or problem.k >= 1024)
-    return Tiles(columns, stages, 2 if pairs else 1, near, out_bytes=out_bytes, out_slots=out_slots, turns=turns)
+    turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
+    return Tiles(columns, stages, 2 if pairs else 1, sums=sums, near=near, out_bytes=out_bytes, turns=turns)
 
 
 def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
