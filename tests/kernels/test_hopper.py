@@ -333,6 +333,7 @@ def test_tiles_and_runs_change_nothing(rng, arities):
         SmallTiles(128, True, 64, 2, 4),
         SmallTiles(16, False, 128, 2, 2),
         SmallTiles(8, False, 64, 4, 1),
+        SmallTiles(24, False, 64, 3, 2, rows=64),
     ):
         assert_bitwise_equal(multiply("mlk,nlk->mn", root, tiles=tiles)(x, y), want, str(tiles))
 

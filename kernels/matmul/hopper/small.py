@@ -43,6 +43,7 @@ class SmallTiles:
         depth: Contraction per stage, a multiple of 64.
         stages: Slots of the ring.
         split: Blocks of a cluster, over which the leaves are spread; divides them.
+        rows: Rows of a block, 64 or 128; all of them with ``swap``.
     """
 
     columns: int = 64
@@ -50,6 +51,7 @@ class SmallTiles:
     depth: int = 128
     stages: int = 4
     split: int = 1
+    rows: int = 128
 
 
 def products(
@@ -57,13 +59,18 @@ def products(
 ) -> tuple[Array, ...]:
     """``[nodes, m, n]`` cut in ``parts`` of n, each an array of its own; ``m`` at most 128."""
     leaves = problem.program.leaves
-    if leaves % tiles.split or problem.m > 128 or not (problem.a.k_major and problem.b.k_major):
+    if (
+        leaves % tiles.split
+        or problem.m > 128
+        or (tiles.swap and problem.m > tiles.rows)
+        or not (problem.a.k_major and problem.b.k_major)
+    ):
         raise ValueError(f"{tiles} does not fit {problem}")
     return plgpu.kernel(
         functools.partial(_kernel, problem=problem, nodes=nodes, tiles=tiles, parts=parts),
         out_type=tuple(jax.ShapeDtypeStruct((len(nodes), problem.m, n), problem.out_dtype) for n in parts),
-        grid=(-(-problem.n // tiles.columns),),
-        grid_names=("grid",),
+        grid=(-(-problem.n // tiles.columns), -(-problem.m // tiles.rows)),
+        grid_names=("grid", "rows"),
         kernel_name="product_of_few_rows",
         cluster=(tiles.split,),
         cluster_names=("cluster",),
@@ -79,7 +86,7 @@ def _round_up(x: int, to: int) -> int:
 class Tile:
     """The tile of a block as the tensor cores see it: ``left`` rows in tiles of 64, ``right`` columns in blocks of 8."""
 
-    m: int
+    m: int  # of a block
     columns: int
     swap: bool
 
@@ -122,7 +129,7 @@ def _kernel(
 ) -> None:
     leaves = problem.program.leaves
     mine = leaves // tiles.split
-    tile = Tile(problem.m, tiles.columns, tiles.swap)
+    tile = Tile(min(problem.m, tiles.rows), tiles.columns, tiles.swap)
     steps = -(-problem.k // tiles.depth)
     total = mine * steps
     stages = min(tiles.stages, total)
@@ -140,7 +147,8 @@ def _kernel(
     def _(a_smem, b_smem, full, parts_smem):
         column = lax.axis_index("grid") * tiles.columns
         first_leaf = lax.axis_index("cluster") * mine
-        zero = lax.axis_index("grid") * 0  # a start not known when compiled: rows behind m are then filled with zeros
+        # A start not known when compiled: rows behind m are then filled with zeros.
+        row = lax.axis_index("rows") * tiles.rows + lax.axis_index("grid") * 0
 
         def load(step):
             slot = lax.rem(step, jnp.int32(stages))
@@ -155,7 +163,7 @@ def _kernel(
                 a_slot = a_slot.at[pl.ds(0, tile.tokens)] if problem.a.k_major else a_slot.at[:, pl.ds(0, tile.tokens)]
             first = column + problem.first
             plgpu.copy_gmem_to_smem(at(problem.b, b_gmem, first, tiles.columns), b_smem.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(at(problem.a, a_gmem, zero, tile.tokens), a_slot, full.at[slot])
+            plgpu.copy_gmem_to_smem(at(problem.a, a_gmem, row, tile.tokens), a_slot, full.at[slot])
 
         for step in range(stages):
             load(jnp.int32(step))
@@ -193,7 +201,7 @@ def _kernel(
 
         lax.fori_loop(0, mine, leaf_body, None) if mine > 1 else leaf_body(jnp.int32(0), None)
         results = _Results(problem.m, parts, problem.out_dtype)
-        _finish(parts_smem, outs, column, lax.axis_index("cluster"), problem, nodes, tiles, tile, results)
+        _finish(parts_smem, outs, (row, column), lax.axis_index("cluster"), problem, nodes, tiles, tile, results)
 
 
 def _rows_by_k(operand: Operand, ref: Ref) -> Ref:
@@ -311,7 +319,7 @@ def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: Tile) -
 def _finish(
     parts_smem: Ref,
     outs: tuple[Ref, ...],
-    column: Array,
+    start: tuple[Array, Array],
     rank: Array,
     problem: Problem,
     nodes: tuple[Node, ...],
@@ -322,14 +330,16 @@ def _finish(
     """The tree over the leaf values of the cluster's blocks; block r finishes every split-th quad from r on."""
     split, mine = tiles.split, problem.program.leaves // tiles.split
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (1 + len(outs)), *[plgpu.Layout.WG_SPLAT(())] * 2))
-    def finish(ctx: Any, smem: Any, *outs_column_rank: Any) -> None:
-        *outs, column, rank = outs_column_rank
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (1 + len(outs)), *[plgpu.Layout.WG_SPLAT(())] * 3))
+    def finish(ctx: Any, smem: Any, *outs_start_rank: Any) -> None:
+        *outs, first_row, first_column, rank = outs_start_rank
         bases = [mgpu.utils.memref_ptr(out) for out in outs]
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         quad_type = ir.VectorType.get((4,), f32)
         thread, rank = _thread(), _scalar(rank)
         row, pair = _row(thread), _pair_column(thread)
+        if not tiles.swap:
+            row = arith.addi(row, _scalar(first_row))
         base = mgpu.utils.memref_ptr(smem)
         if split > 1:
             _cluster_barrier()
@@ -365,11 +375,11 @@ def _finish(
                     )
                     for number, node in enumerate(nodes):
                         total = node.evaluate(functools.partial(value, quad), arith.addf)
-                        _put(bases, number, total, *place, _scalar(column), results, tile)
+                        _put(bases, number, total, *place, _scalar(first_column), results, tile)
         if split > 1:
             _cluster_barrier()  # nobody leaves while others read its shared memory
 
-    finish(parts_smem, *outs, column, rank)
+    finish(parts_smem, *outs, *start, rank)
 
 
 def _cluster_barrier() -> None:

@@ -90,6 +90,11 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
     None where `large` does better, or nothing fits: many rows of many leaves, or of many columns.
     """
     leaves, m = problem.program.leaves, problem.m
+    if m > 64 and leaves <= 4:
+        # What enters a multiprocessor counts: two blocks of 64 rows, if all run at once.
+        columns = next((c for c in (16, 24, 32, 48, 64, 80, 96) if 2 * -(-problem.n // c) <= blocks), None)
+        if columns is not None:
+            return _ring(problem, SmallTiles(columns, False, 128, rows=64))
     # The weight on the right: narrow blocks, as many as there are multiprocessors. Rows that are not there take room only.
     columns = next((c for c in (8, 16, 24, 32, 48, 64) if -(-problem.n // c) <= blocks), 64)
     if 32 < m <= 64 or (columns <= 32 and leaves <= (4 if m <= 32 else 1)):
@@ -111,7 +116,7 @@ def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
 
 def _ring(problem: Problem, tiles: SmallTiles, resident: int = 1) -> SmallTiles | None:
     """``tiles`` with the stages that fit where ``resident`` blocks share a multiprocessor."""
-    tile = Tile(problem.m, tiles.columns, tiles.swap)
+    tile = Tile(min(problem.m, tiles.rows), tiles.columns, tiles.swap)
     waiting = (problem.program.leaves // tiles.split) * tile.words * 4
     stage = (tiles.columns + (tile.tokens if tiles.swap else ROWS * tile.left_tiles)) * tiles.depth * 2
     stages = min(16, (_SHARED // resident - _TAKEN - waiting) // stage)
