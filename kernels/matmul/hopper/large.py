@@ -335,17 +335,19 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
                 for start in starts:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_smem[wg] = piece(value, start)
+                    out_smem[wg] = value[:, start : start + width].astype(problem.out_dtype)
                     plgpu.commit_smem()
                     where["n"] = pl.ds(column + start, width)
                     there = out_gmem.at[tuple(where[axis] for axis in problem.out_axes)]
                     plgpu.copy_smem_to_gmem(out_smem.at[wg], there)
 
-            def piece(value, start):
+            def result(value):
+                """Of a product of one leaf: rounded, gated."""
+                value = value.astype(problem.out_dtype)
                 if problem.up is None:
-                    return value[:, start : start + width].astype(problem.out_dtype)
-                gate, up = value[:, start : start + width], value[:, results + start : results + start + width]
-                gate, up = (x.astype(problem.out_dtype).astype(jnp.float32) for x in (gate, up))
+                    return value
+                # Here, not when it leaves: the compiler would move it in front of all steps anyway, and spill.
+                gate, up = (value[:, start : start + results].astype(jnp.float32) for start in (0, results))
                 gated = simt.elementwise(lambda m, g, u: formulas.swiglu(m, g, u)[0], gate, up)
                 return gated.astype(problem.out_dtype)
 
@@ -387,7 +389,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     node = sum(((leaf > end).astype(jnp.int32) for end in program.ends[:-1]), jnp.int32(0))
                     node = lax.select(ends, node, jnp.int32(-1))
                     if not program.storages:
-                        return _Held((value.astype(problem.out_dtype),), node, tile)
+                        return _Held((result(value),), node, tile)
                     if program.storages == 1:
                         return _Held((waiting + value,), node, tile)
                     return _Held(spill.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf))), node, tile)
@@ -396,7 +398,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     return after(jnp.int32(0), held)
                 return lax.fori_loop(0, program.leaves, after, held)
 
-            values = [nothing()] * sums if program.storages else [nothing().astype(problem.out_dtype)]
+            values = [nothing()] * sums if program.storages else [result(nothing())]
             held = each_tile(compute_tile, _Held(tuple(values), jnp.int32(-1), (jnp.int32(0),) * 3))
             pl.when(held.node >= 0)(lambda: leave(starts, held.values[0], held.node, held.tile))
             plgpu.wait_smem_to_gmem(0)

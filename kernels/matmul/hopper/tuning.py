@@ -79,8 +79,9 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
         pairs = rows % 2 == 0 and columns >= 224
     else:
         pairs = rows % 2 == 0 and waits > 1 and columns > 160
-    # One warpgroup adds a leaf while the other multiplies. Short leaves of narrow tiles gain nothing.
+    # One warpgroup adds a leaf, or gates, while the other multiplies. Short leaves of narrow tiles gain nothing.
     turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
+    turns = turns or problem.up is not None
     return Tiles(columns, stages, 2 if pairs else 1, sums=sums, near=near, out_bytes=out_bytes, turns=turns)
 
 
