@@ -276,7 +276,8 @@ def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, be
             return m.load(scale, m.wide(at), CHUNK, where, again=True)
 
         chunks = range(len(columns))
-        xs, dys = [load(x, c) for c in chunks], {}
+        xs: list[Any] = [load(x, c) for c in chunks]
+        dys: dict[int, list[Any]] = {}
         for numbers in groups:
             dys.update(zip(numbers, load_dy(numbers), strict=True))
         squares = _sum_of_chunks(m, [[a * a for a in chunk] for chunk in xs])

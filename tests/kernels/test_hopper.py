@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from tbik_jax import Contract, Tree, emulate
 from tbik_jax.dense import Vocabulary, column_parallel, embedding, make_dot_general, row_parallel, swiglu
 from tbik_jax.kernels import backend, matmul
 from tbik_jax.kernels.matmul import hopper
-from tbik_jax.kernels.matmul.hopper import split, tuning
+from tbik_jax.kernels.matmul.hopper import settling, split, tuning
 from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
 from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
@@ -175,6 +176,70 @@ def test_what_has_no_kernel_yet_is_refused(monkeypatch):
         jax.grad(lambda table: embedding(jnp.arange(3), table, vocabulary).sum())(table)
 
 
+# What follows a leaf -------------------------------------------------------------------------------------------------
+
+
+def perform(lines: list[str], registers: dict[str, np.float32], memory: dict[str, list[np.float32]]) -> None:
+    """The PTX of `settling.written`, one thread."""
+    labels = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
+    number, p = 0, False
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        if line.endswith(":"):
+            continue
+        instruction, *operands = [part for part in re.split(r"[ ,;{}\[\]]+", line) if part]
+        if instruction == "setp.ne.b32":
+            p = bool(registers[operands[1]])
+        elif instruction == "add.rn.f32":
+            registers[operands[0]] = registers[operands[1]] + registers[operands[2]]
+        elif instruction == "mov.b32":
+            registers[operands[0]] = np.float32(-0.0) if operands[1] == "0x80000000" else registers[operands[1]]
+        elif instruction == "ld.shared.v4.f32":
+            registers |= zip(operands[:4], memory[operands[4]], strict=True)
+        elif instruction == "st.shared.v4.f32":
+            memory[operands[0]] = [registers[name] for name in operands[1:]]
+        elif instruction == "bra.uni" or (instruction == "@!p" and not p):
+            number = labels[operands[-1]]
+        else:
+            assert instruction == "@!p" and operands[0] == "bra.uni", line
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("sums", [1, 2])
+@pytest.mark.parametrize("arities, leaves", [((2,), 8), ((2,), 16), ((4, 2), 8), ((3, 2), 7), ((2, 4), 9), ((2,), 2)])
+def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
+    """The instructions themselves, leaf after leaf, for two nodes that follow each other."""
+    first, second = (Tree(leaves, arities).root for _ in range(2))
+    steps = program([first, _moved(second, leaves)])
+    size = 32
+    values = (rng.standard_normal((2 * leaves, size)) * 10.0 ** rng.integers(-3, 4, (2 * leaves, 1))).astype(np.float32)
+    total, leaf, other = ([f"{name}{e}" for e in range(size)] for name in "tlo")
+    registers = dict.fromkeys([*total, *other], np.float32(-0.0))
+    memory: dict[str, list[np.float32]] = {}
+    stops = []
+    for number in range(1, steps.storages):
+        here, places = other if number < sums else None, [(".shared", f"m{number}+{i}") for i in range(size // 4)]
+        stops.append(settling.Named(f"a{number}", f"b{number}", here, [] if here else places))
+    lines, found = settling.written(total, leaf, stops), []
+    for index, step in enumerate(steps.steps):
+        registers |= zip(leaf, values[index], strict=True)
+        for number in range(1, steps.storages):
+            registers |= {f"a{number}": number in step.pops, f"b{number}": step.push == number}
+        perform(lines, registers, memory)
+        if step.push is None:
+            found.append([registers[name] for name in total])
+            registers |= dict.fromkeys(total, np.float32(-0.0))  # it leaves with the next leaf
+    want = [first.evaluate(lambda i, at=at: values[at + i], np.add) for at in (0, leaves)]
+    assert_bitwise_equal(np.array(found, np.float32), np.array(want))
+    assert (np.array(found) != [values[at : at + leaves].sum(0, np.float32) for at in (0, leaves)]).any() or leaves == 2
+
+
+def _moved(node: Node, by: int) -> Node:
+    children = [None if child is None else _moved(child, by) for child in (node.left, node.right)]
+    return Node(node.start + by, node.stop + by, *children)
+
+
 # Interpreted ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +262,22 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n
             tiles=tiles,
         )
     want = np.einsum("mlk,nlk->mn", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.newest
+@pytest.mark.parametrize("spans", [((0, 1), (1, 2), (2, 3)), ((0, 1), (1, 3)), ((0, 2), (2, 3))])
+def test_nodes_of_many_tiles_in_the_interpreter(rng, monkeypatch, spans):
+    """A result leaves while the next leaf runs: that of the same tile, of the next one, or none at the end."""
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
+    a, b = (jnp.asarray(rng.standard_normal((rows, 3, 72)), jnp.bfloat16) for rows in (200, 136))
+    leaf = leaf_nodes(3)
+    nodes = [leaf[i] if last - i == 1 else Node(i, last, leaf[i], leaf[i + 1]) for i, last in spans]
+    with plgpu.force_gpu_interpret_mode():
+        got = hopper.product("mlk,nlk->mn", a, b, nodes, dtype=jnp.float32, tiles=Tiles(64, 2, out_bytes=64))
+    leaves = np.einsum("mlk,nlk->lmn", np.asarray(a, np.float64), np.asarray(b, np.float64))
+    want = np.stack([leaves[first:last].sum(0) for first, last in spans])
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 

@@ -4,7 +4,7 @@
     leaf_l[m, n]    = sum_k a[m, l, k] * b[n, l, k]   on the tensor cores: f32 from +0, k ascending in steps of 16
 
 ``program`` turns a tree into steps; ``large`` and ``small`` are the kernels, for many rows and for few, with the same bits;
-``spill`` keeps sums that wait; ``split`` makes bfloat16 operands of float32; ``tuning`` chooses tiles.
+``settling`` adds and keeps sums that wait; ``split`` makes bfloat16 operands of float32; ``tuning`` chooses tiles.
 """
 
 from __future__ import annotations

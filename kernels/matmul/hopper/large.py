@@ -1,11 +1,13 @@
 """Products of many rows: two warpgroups compute, a third feeds them through a ring of operands in shared memory.
 
-A block owns 128 rows, 64 for each computing warpgroup, and walks the leaves in order. The running sum of a chain
-stays in registers; further sums wait in shared memory, or in device memory (`spill`).
+A block owns 128 rows, 64 for each computing warpgroup, and walks its tiles, and their leaves in order. A result stays in
+registers at first and leaves piece by piece while the first steps of the next leaf run. The running sum of a chain stays
+in registers, and so do two sums of a narrow tile; further ones wait in shared or in device memory (`settling`).
 
 Measured and dropped: the two warpgroups in turns, each with a tile of 64 rows (the fill of shared memory and the tensor
 cores' reads then ask for more than its bandwidth: 0.66-0.74 of cuBLAS, whatever the tree); one warpgroup held a step behind
-the other, to overlap what follows a leaf (the ring is then too short: 0.79 instead of 0.87 for a chain).
+the other, to overlap what follows a leaf (the ring is then too short: 0.79 instead of 0.87 for a chain); turns of two steps,
+each handed over when the first of them is done (0.70 to 0.80: the tensor cores wait for the handing over).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbik_jax.kernels.hopper import formulas, simt
-from tbik_jax.kernels.matmul.hopper import spill
+from tbik_jax.kernels.matmul.hopper import settling
 from tbik_jax.kernels.matmul.hopper.program import Program
 from tbik_jax.kernels.operands import unsliced
 
@@ -114,8 +116,8 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
     padded = sizes | {"m": -(-problem.m // 8) * 8, "n": -(-problem.n // width) * width}
     out = jax.ShapeDtypeStruct(tuple(padded[axis] for axis in problem.out_axes), problem.out_dtype)
     grid = blocks // tiles.cluster
-    far = max(0, problem.program.storages - tiles.sums) * spill.accesses(ROWS, tiles.columns) - tiles.near
-    waiting = (grid * tiles.cluster, 2, far * spill.WORDS) if far > 0 else (1, 1, spill.WORDS)
+    far = max(0, problem.program.storages - tiles.sums) * settling.accesses(ROWS, tiles.columns) - tiles.near
+    waiting = (grid * tiles.cluster, 2, far * settling.WORDS) if far > 0 else (1, 1, settling.WORDS)
     scratch = jax.ShapeDtypeStruct(waiting, jnp.float32)
     result, _ = plgpu.kernel(
         functools.partial(_kernel, problem=problem, tiles=tiles),
@@ -161,7 +163,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     row_tiles = -(-problem.m // (block_rows * across))
     column_tiles = -(-problem.n // (results * along))
     sums = min(tiles.sums, program.storages)  # in registers
-    accesses = spill.accesses(ROWS, columns)  # of one that waits elsewhere
+    accesses = settling.accesses(ROWS, columns)  # of one that waits elsewhere
     near = min((program.storages - sums) * accesses, tiles.near)
     a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
 
@@ -181,7 +183,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     if tiles.turns:
         scopes["turn"] = plgpu.Barrier(num_barriers=2)
     if near:
-        scopes["near_smem"] = plgpu.SMEM((2, near * spill.WORDS), jnp.float32)
+        scopes["near_smem"] = plgpu.SMEM((2, near * settling.WORDS), jnp.float32)
 
     @functools.partial(pl.run_scoped, collective_axes="wg", **scopes)
     def _(a_smem, b_smem, out_smem, full, empty, turn=None, near_smem=None):
@@ -358,10 +360,10 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 here, there = min(max(near, start), stop) - start, stop - max(near, start)
                 refs = []
                 if here > 0:
-                    refs.append(near_smem.at[wg, pl.ds(start * spill.WORDS, here * spill.WORDS)])
+                    refs.append(near_smem.at[wg, pl.ds(start * settling.WORDS, here * settling.WORDS)])
                 if there > 0:
-                    at = (stop - there - near) * spill.WORDS
-                    refs.append(far_gmem.at[block, wg, pl.ds(at, there * spill.WORDS)])
+                    at = (stop - there - near) * settling.WORDS
+                    refs.append(far_gmem.at[block, wg, pl.ds(at, there * settling.WORDS)])
                 return refs
 
             def stops(leaf):
@@ -374,9 +376,9 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     pops = holds(lambda step, number=number: number in step.pops)
                     pushes = holds(lambda step, number=number: step.push == number)
                     if number < sums:
-                        yield spill.Stop(pops, pushes, register=number)
+                        yield settling.Stop(pops, pushes, register=number)
                     else:
-                        yield spill.Stop(pops, pushes, refs=storage(number))
+                        yield settling.Stop(pops, pushes, refs=storage(number))
 
             def nothing():
                 # Where nothing waits in registers, -0 does: -0 + x is x for every x.
@@ -392,7 +394,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         return _Held((result(value),), node, tile)
                     if program.storages == 1:
                         return _Held((waiting + value,), node, tile)
-                    return _Held(spill.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf))), node, tile)
+                    return _Held(settling.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf))), node, tile)
 
                 if program.leaves == 1:
                     return after(jnp.int32(0), held)

@@ -23,7 +23,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from tbik_jax.kernels.matmul.hopper import spill
+from tbik_jax.kernels.matmul.hopper import settling
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Operand, Problem, swizzled
 from tbik_jax.kernels.operands import unsliced
 from tbik_jax.tree import Node
@@ -310,7 +310,7 @@ def _keep(parts_smem: Ref, values: tuple[Array, ...], leaf: Array, tile: Tile) -
         offset = arith.addi(arith.muli(_scalar(leaf), _i32(tile.words)), arith.muli(thread, _i32(4)))
         base = mgpu.utils.getelementptr(base, [offset], f32)
         with mgpu.utils.when(_less(thread, _i32(tile.threads))):
-            for i, quad in enumerate(quad for value in values for quad in spill.quads(value)):
+            for i, quad in enumerate(quad for value in values for quad in settling.quads(value)):
                 llvm.store(quad, mgpu.utils.getelementptr(base, [4 * tile.threads * i], f32), alignment=16)
 
     keep(parts_smem, leaf, *values)

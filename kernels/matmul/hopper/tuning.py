@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from tbik_jax.kernels.matmul.hopper import spill
+from tbik_jax.kernels.matmul.hopper import settling
 from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
@@ -71,14 +71,9 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     # What remains is for the sums; the others wait in device memory. Two blocks then share the columns that they read, which
     # keeps them together in the L2 cache.
     near = min(
-        waits * spill.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * spill.WORDS)
+        waits * settling.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * settling.WORDS)
     )
-    if few:
-        pairs = problem.k * program.leaves >= 16384
-    elif program.leaves == 1:
-        pairs = rows % 2 == 0 and columns >= 224
-    else:
-        pairs = rows % 2 == 0 and waits > 1 and columns > 160
+    pairs = problem.k * program.leaves >= 16384 if few else rows % 2 == 0 and waits > 1 and columns > 160
     # One warpgroup adds a leaf, or gates, while the other multiplies. Short leaves of narrow tiles gain nothing.
     turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
     turns = turns or problem.up is not None

@@ -1,14 +1,16 @@
-"""Accumulators that wait in memory, each thread's registers side by side with its neighbours'.
+"""What follows a leaf: its value meets the sums that wait for it, in registers or in memory, and waits itself.
 
-Only the thread that stored a sum reads it again, so the layout is free: 16 bytes per thread and access, neighbouring
-threads at neighbouring addresses. No bank conflicts in shared memory, whole lines in device memory, no barrier.
+In memory each thread's registers lie side by side with its neighbours'. Only the thread that stored a sum reads it again, so
+the layout is free: 16 bytes per thread and access, neighbouring threads at neighbouring addresses. No bank conflicts in shared
+memory, whole lines in device memory, no barrier.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -65,54 +67,67 @@ def settle(value: Array, sums: Sequence[Array], stops: Sequence[Stop]) -> tuple[
         return_type=tuple(plgpu.ShapeDtypeStruct(value.shape, jnp.float32, layout=layout) for _ in sums),
     )
     def run(ctx: Any, *arguments: Any) -> Any:
-        arguments = list(arguments)
-        refs, flags, (value, *sums) = (
-            [arguments.pop(0) for _ in range(count)] for count in (len(of_stops), len(of_flags), 1 + len(of_sums))
-        )
+        left = iter(arguments)
+        of_refs, of_flags = (iter(list(itertools.islice(left, count))) for count in (len(refs), len(flags)))
+        value, *sums = left
         size = 2 * value.registers.size
         asm = _Assembly([scalar for x in sums for scalar in _scalars(x)])
         leaf = [asm.operand("f", scalar) for scalar in _scalars(value)]
-        total, *others = ([f"${i * size + e}" for e in range(size)] for i in range(len(sums)))
-        asm.lines += [f"add.rn.f32 {t}, {t}, {x};" for t, x in zip(total, leaf, strict=True)]
-        for number, stop in enumerate(stops):
-            pops, pushes = (asm.operand("r", flags.pop(0).registers.item()) for _ in range(2))
-            places = [asm.place(refs.pop(0)) for _ in stop.refs]
-            asm.lines += [f"setp.ne.b32 p, {pops}, 0;", f"@!p bra.uni NOTHING{number};"]
-            if stop.register is not None:
-                asm.lines += [
-                    f"add.rn.f32 {t}, {x}, {t};" for t, x in zip(total, others[stop.register - 1], strict=True)
-                ]
-            for i, place in enumerate(place for of_ref in places for place in of_ref):
-                quad = total[4 * i : 4 * i + 4]
-                asm.lines.append(f"ld{place[0]}.v4.f32 {{w0, w1, w2, w3}}, {place[1]};")
-                asm.lines += [f"add.rn.f32 {t}, w{e}, {t};" for e, t in enumerate(quad)]
-            asm.lines += [f"NOTHING{number}:", f"setp.ne.b32 p, {pushes}, 0;", f"@!p bra.uni ON{number};"]
-            if stop.register is not None:
-                asm.lines += [f"mov.f32 {x}, {t};" for t, x in zip(total, others[stop.register - 1], strict=True)]
-            for i, place in enumerate(place for of_ref in places for place in of_ref):
-                asm.lines.append(f"st{place[0]}.v4.f32 {place[1]}, {{{', '.join(total[4 * i : 4 * i + 4])}}};")
-            asm.lines += [f"mov.b32 {t}, 0x80000000;" for t in total]
-            asm.lines += ["bra.uni DONE;", f"ON{number}:"]
-        asm.lines.append("DONE:")
-        found = asm.run()
+        total, *others = [[f"${i * size + e}" for e in range(size)] for i in range(len(sums))]
+        named = []
+        for stop in stops:
+            pops, pushes = (asm.operand("r", next(of_flags).registers.item()) for _ in range(2))
+            places = [place for _ in stop.refs for place in asm.places(next(of_refs))]
+            named.append(Named(pops, pushes, None if stop.register is None else others[stop.register - 1], places))
+        found = asm.run(written(total, leaf, named))
         return tuple(_array(found[i * size : (i + 1) * size], x) for i, x in enumerate(sums))
 
-    of_stops, of_flags, of_sums = refs, flags, sums
     return tuple(run(*refs, *flags, value, *sums))
+
+
+class Named(NamedTuple):
+    """A stop as PTX names it: flags, its registers if it has them, else a thread's accesses: state space and address."""
+
+    pops: str
+    pushes: str
+    registers: Sequence[str] | None
+    places: Sequence[tuple[str, str]]
+
+
+def written(total: Sequence[str], leaf: Sequence[str], stops: Sequence[Named]) -> list[str]:
+    """The instructions of :func:`settle` for registers of those names. ``p`` and ``w0`` to ``w3`` are free."""
+    lines = [f"add.rn.f32 {t}, {t}, {x};" for t, x in zip(total, leaf, strict=True)]
+    for number, stop in enumerate(stops):
+        lines += [f"setp.ne.b32 p, {stop.pops}, 0;", f"@!p bra.uni NOTHING{number};"]
+        if stop.registers is not None:
+            lines += [f"add.rn.f32 {t}, {x}, {t};" for t, x in zip(total, stop.registers, strict=True)]
+        for i, (space, address) in enumerate(stop.places):
+            lines.append(f"ld{space}.v4.f32 {{w0, w1, w2, w3}}, [{address}];")
+            lines += [f"add.rn.f32 {t}, w{e}, {t};" for e, t in enumerate(total[4 * i : 4 * i + 4])]
+        lines += [f"NOTHING{number}:", f"setp.ne.b32 p, {stop.pushes}, 0;", f"@!p bra.uni ON{number};"]
+        if stop.registers is not None:
+            lines += [f"mov.b32 {x}, {t};" for t, x in zip(total, stop.registers, strict=True)]
+        for i, (space, address) in enumerate(stop.places):
+            lines.append(f"st{space}.v4.f32 [{address}], {{{', '.join(total[4 * i : 4 * i + 4])}}};")
+        lines += [f"mov.b32 {t}, 0x80000000;" for t in total]
+        lines += ["bra.uni DONE;", f"ON{number}:"]
+    return [*lines, "DONE:"]
 
 
 class _Assembly:
     """PTX whose first operands, f32, change in place."""
 
     def __init__(self, changing: Sequence[Any]) -> None:
-        self.changing, self.given, self.constraints, self.lines = list(changing), [], [], []
+        self.changing = list(changing)
+        self.given: list[Any] = []
+        self.constraints: list[str] = []
 
     def operand(self, constraint: str, value: Any) -> str:
         self.given.append(value)
         self.constraints.append(constraint)
         return f"${2 * len(self.changing) + len(self.given) - 1}"
 
-    def place(self, ref: Any) -> list[tuple[str, str]]:
+    def places(self, ref: Any) -> list[tuple[str, str]]:
         """The state space and the address of each of a thread's accesses."""
         utils = mgpu.utils
         pointer = utils.memref_ptr(ref)
@@ -123,15 +138,15 @@ class _Assembly:
         integer = i32 if shared else ir.IntegerType.get_signless(64)
         name = self.operand("r" if shared else "l", llvm.ptrtoint(integer, mine))
         count = ir.MemRefType(ref.type).shape[0] // WORDS
-        return [(".shared" if shared else ".global", f"[{name} + {4 * WORDS * i}]") for i in range(count)]
+        return [(".shared" if shared else ".global", f"{name}+{4 * WORDS * i}") for i in range(count)]
 
-    def run(self) -> list[Any]:
+    def run(self, lines: Sequence[str]) -> list[Any]:
         count, f32 = len(self.changing), ir.F32Type.get()
         constraints = [*["=f"] * count, *[str(i) for i in range(count)], *self.constraints]
-        found = llvm.inline_asm(
+        found: Any = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * count),
             [*self.changing, *self.given],
-            "{ .reg .pred p; .reg .f32 w0, w1, w2, w3;\n" + "\n".join(self.lines) + "\n}",
+            "{ .reg .pred p; .reg .f32 w0, w1, w2, w3;\n" + "\n".join(lines) + "\n}",
             ",".join(constraints),
             asm_dialect=0,
             has_side_effects=True,
