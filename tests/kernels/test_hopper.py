@@ -211,7 +211,7 @@ def perform(lines: list[str], registers: dict[str, np.float32], memory: dict[str
 def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
     """The instructions themselves, leaf after leaf, for two nodes that follow each other."""
     first, second = (Tree(leaves, arities).root for _ in range(2))
-    steps = program([first, _moved(second, leaves)])
+    steps = program([first, _moved(second, -leaves)])
     size = 32
     values = (rng.standard_normal((2 * leaves, size)) * 10.0 ** rng.integers(-3, 4, (2 * leaves, 1))).astype(np.float32)
     total, leaf, other = ([f"{name}{e}" for e in range(size)] for name in "tlo")
@@ -233,11 +233,6 @@ def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
     want = [first.evaluate(lambda i, at=at: values[at + i], np.add) for at in (0, leaves)]
     assert_bitwise_equal(np.array(found, np.float32), np.array(want))
     assert (np.array(found) != [values[at : at + leaves].sum(0, np.float32) for at in (0, leaves)]).any() or leaves == 2
-
-
-def _moved(node: Node, by: int) -> Node:
-    children = [None if child is None else _moved(child, by) for child in (node.left, node.right)]
-    return Node(node.start + by, node.stop + by, *children)
 
 
 # Interpreted ---------------------------------------------------------------------------------------------------------
