@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -80,26 +81,48 @@ def _drawn(
     middle, spread = 0.0, (12.0 / of_one[-1]) ** 0.5
     if origin.tensors[0].endswith("norm.weight"):
         middle, spread = 1.0, 0.25
-    seeds = [_hashed(f"{seed}/{name}") for name in origin.tensors]
+    fill = _filler(
+        of_one,
+        origin.cut,
+        origin.width,
+        tuple(origin.slots),
+        origin.stacked,
+        middle,
+        spread,
+        jnp.dtype(parameter.dtype),
+        NamedSharding(mesh, meta["spec"]),
+    )
+    return parameter.replace(fill(np.array([_hashed(f"{seed}/{name}") for name in origin.tensors], np.uint32)))
+
+
+@cache
+def _filler(
+    shape: tuple[int, ...],
+    cut: str,
+    width: int,
+    slots: tuple[int, ...],
+    stacked: bool,
+    middle: float,
+    spread: float,
+    dtype: np.dtype[Any],
+    sharding: NamedSharding,
+) -> Callable[[np.ndarray], Array]:
+    """``keys [layers, 2] -> weights``, compiled once for all parameters and models of the same layout."""
 
     def one(key: Array) -> Array:
-        raw = jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), of_one, jnp.uint32)
+        raw = jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), shape, jnp.uint32)
         x = product((raw >> 9).astype(jnp.float32) - np.float32(2**22 - 0.5), float(np.float32(spread * 2.0**-23)))
-        x = cast(x + middle, parameter.dtype)
-        if origin.cut == "whole":
+        x = cast(x + middle, dtype)
+        if cut == "whole":
             return x
-        axis, slots = (0, np.array(origin.slots)) if origin.cut == "rows" else (1, np.array(origin.slots))
-        blocks = -(-x.shape[axis] // origin.width)
-        x = jnp.pad(x, [(0, blocks * origin.width - n if i == axis else 0) for i, n in enumerate(x.shape)])
-        x = jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, origin.width, *x.shape[axis + 1 :]), axis, 0)
-        held = (slots >= 0).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(held, x[np.maximum(slots, 0)], jnp.zeros((), x.dtype))
+        axis, of_slot = (0 if cut == "rows" else 1), np.array(slots)
+        blocks = -(-x.shape[axis] // width)
+        x = jnp.pad(x, [(0, blocks * width - n if i == axis else 0) for i, n in enumerate(x.shape)])
+        x = jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, width, *x.shape[axis + 1 :]), axis, 0)
+        held = (of_slot >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(held, x[np.maximum(of_slot, 0)], jnp.zeros((), x.dtype))
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, meta["spec"]))
-    def all_layers(keys: Array) -> Array:
-        return jax.lax.map(one, keys) if origin.stacked else one(keys[0])
-
-    return parameter.replace(all_layers(np.array(seeds, np.uint32)))
+    return jax.jit(lambda keys: jax.lax.map(one, keys) if stacked else one(keys[0]), out_shardings=sharding)
 
 
 def _hashed(text: str) -> tuple[int, int]:

@@ -85,8 +85,8 @@ def flip_a_bit(path):
     "config, dtype, here, there",
     [
         (TIED, "float32", 1, 3),
-        (TIED, "bfloat16", 5, 2),
-        (FULL, "bfloat16", 3, 8),
+        pytest.param(TIED, "bfloat16", 5, 2, marks=pytest.mark.slow),
+        pytest.param(FULL, "bfloat16", 3, 8, marks=pytest.mark.slow),
         (FULL, "float32", 8, 1),
     ],
 )

@@ -25,6 +25,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 def test_verify_shows_both_sides_and_writes_them(monkeypatch, capsys, tmp_path):
     status, out, _ = run(monkeypatch, capsys, "verify", *FAST, "--json", str(tmp_path / "report.json"))
     assert status == 0

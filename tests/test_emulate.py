@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -29,9 +30,9 @@ DIM, COLUMNS, HEAD = 33, 17, 5  # of the model, of a leaf of the feed-forward la
 WHOLE, SPLIT = P(), P("tp")
 
 RANKS = [1, 2, 3, 4, 8]
-any_mesh = pytest.mark.parametrize("ranks", RANKS)
-any_batch = pytest.mark.parametrize("m", [1, 3, 65])
-any_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+any_batch = pytest.mark.parametrize(
+    "m, dtype", [(1, "float32"), (3, "bfloat16"), pytest.param(65, "float32", marks=pytest.mark.slow)]
+)
 
 
 def sharded(f: Any, ranks: int, in_specs: Any, out_specs: Any, check_vma: bool = True) -> Any:
@@ -94,18 +95,21 @@ def projection_case(rng: np.random.Generator, m: int, dtype: str) -> list[np.nda
 
 
 def on_all_meshes(run: Any, ranks: int, values: list[np.ndarray], in_specs: Any, out_specs: Any) -> Any:
-    """Emulated, with every leaf in its place again; checked against ``shard_map``. Unread slots of weights hold NaN."""
+    """Emulated, with every leaf in its place again. Unread slots of weights hold NaN.
+
+    On three and eight ranks also checked against ``shard_map``, whose own invariance is shown elsewhere.
+    """
     plan = schedule(TREE, ranks)
     values = [by_slot(x, plan) if spec == SPLIT else x for x, spec in zip(values, in_specs, strict=True)]
     got = emulated(run, ranks, in_specs, out_specs)(*values)
-    assert_bitwise_equal(got, sharded(run, ranks, in_specs, out_specs)(*values), f"{ranks} ranks")
+    if ranks in (3, 8):
+        assert_bitwise_equal(got, sharded(run, ranks, in_specs, out_specs)(*values), f"{ranks} ranks")
     return jax.tree.map(
         lambda spec, x: from_slots(x, plan) if spec == SPLIT else x, out_specs, got, is_leaf=lambda x: isinstance(x, P)
     )
 
 
 @pytest.mark.invariance
-@any_dtype
 @any_batch
 @pytest.mark.parametrize(
     "layer, case, specs",
@@ -122,7 +126,6 @@ def test_layers_forward_and_backward(rng, layer, case, specs, m, dtype):
 
 
 @pytest.mark.invariance
-@any_dtype
 @any_batch
 def test_attention(rng, m, dtype):
     values = projection_case(rng, m, dtype)
@@ -155,7 +158,9 @@ def test_packed_weights(rng, ranks, m):
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("size, m, dtype", [(259, 8, "float32"), (9, 3, "bfloat16")])
+@pytest.mark.parametrize(
+    "size, m, dtype", [pytest.param(259, 8, "float32", marks=pytest.mark.slow), (9, 3, "bfloat16")]
+)
 def test_vocabulary(rng, size, m, dtype):
     """Embedding, logits, log-softmax and cross-entropy, forward and backward."""
     vocabulary = Vocabulary(size, CONTRACT, "tp")
@@ -283,8 +288,7 @@ def one_device(x, scale, gate, up, down, bias):
 
 
 @pytest.mark.invariance
-@any_dtype
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("m, dtype", [(1, "bfloat16"), (3, "float32")])
 def test_vmap_over_a_batch_keeps_the_bits(rng, m, dtype):
     """Forward and backward, weights shared or one for each example, two nested batches."""
     _, *weights = mlp_case(rng, m, dtype)
@@ -326,9 +330,9 @@ def test_vmap_of_the_other_kernels(rng):
 @pytest.mark.parametrize("m", [1, 3])
 def test_twin_products_batched_by_jax_have_other_bits(rng, m):
     """Where one operand is shared, JAX folds the batch into the other's rows; the kernel's own `vmap` does not."""
-    x, w = some(rng, np.float32, 2, m, 1, 256), some(rng, np.float32, 2, 1, 256, 256)
     alone, differ = jax.jit(matmul.leaf_products), []
-    for axes in ((0, None), (None, 0)):
+    for size, axes in product((256, 4096), ((0, None), (None, 0))):
+        x, w = some(rng, np.float32, 2, m, 1, size), some(rng, np.float32, 2, 1, 1024, size)
         values = [a if axis == 0 else a[0] for a, axis in zip((x, w), axes, strict=True)]
         one_each = [[a[i] if axis == 0 else a for a, axis in zip(values, axes, strict=True)] for i in range(2)]
         want = np.stack([alone(*pair) for pair in one_each])

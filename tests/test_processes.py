@@ -49,16 +49,16 @@ def rows(tmp_path: Path, processes: int, devices: int, *options: str) -> list[di
 
 
 def test_processes_have_the_bits_of_one(tmp_path):
-    options = "--sections", "bits", "--tp", "3,8", "--batches", "8", "--new-tokens", "3"
-    one = rows(tmp_path, 1, 8, *options, "--emulate", "8")
+    options = "--sections", "bits", "--batches", "8", "--new-tokens", "3"
+    one = rows(tmp_path, 1, 8, *options, "--tp", "3,8", "--emulate", "8")
     assert len(one) == 3
     digests = {row["digest"] for row in one}
     assert len(digests) == 1
-    for processes, devices in ((2, 4), (4, 2)):
-        several = rows(tmp_path, processes, devices, *options)
+    for processes, devices, sizes in ((2, 4, [3, 8]), (4, 2, [8])):
+        several = rows(tmp_path, processes, devices, *options, "--tp", ",".join(map(str, sizes)))
         assert {row["processes"] for row in several} == {processes}
         assert {row["digest"] for row in several} == digests
-        assert [row["tp"] for row in several] == [3, 8]
+        assert [row["tp"] for row in several] == sizes
 
 
 def test_collectives_across_processes(tmp_path):

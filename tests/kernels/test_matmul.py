@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -229,10 +230,15 @@ def test_a_weight_may_be_stored_in_any_layout(rng, layout):
 
 @pytest.mark.invariance
 def test_twin_a_plain_dot_depends_on_the_layout(rng):
-    x, w = normal(rng, 5, 65), normal(rng, 17, 65)
-    as_rows = jax.jit(lambda x, w: jnp.dot(x, w.T))(x, w)
-    as_columns = jax.jit(jnp.dot)(x, np.ascontiguousarray(w.T))
-    assert (bits(as_rows) != bits(as_columns)).any()
+    """At which sizes is the library's choice, and another one on another processor: so several are tried."""
+
+    def depends(m: int, k: int, n: int) -> bool:
+        x, w = normal(rng, m, k), normal(rng, n, k)
+        as_rows = jax.jit(lambda x, w: jnp.dot(x, w.T))(x, w)
+        as_columns = jax.jit(jnp.dot)(x, np.ascontiguousarray(w.T))
+        return bool((bits(as_rows) != bits(as_columns)).any())
+
+    assert any(depends(*size) for size in [(5, 65, 17), (1, 576, 576), (17, 576, 576), (64, 4096, 64), (1, 4096, 1024)])
 
 
 @pytest.mark.invariance
@@ -247,10 +253,16 @@ def test_constants_are_not_multiplied_while_compiling(rng, m):
 
 @pytest.mark.invariance
 def test_twin_rows_of_a_plain_dot_depend_on_the_others(rng):
-    x, w = normal(rng, 256, 576), normal(rng, 576, 576)
-    dot = jax.jit(lambda x, w: jnp.dot(x, w.T))
-    whole = np.asarray(dot(x, w))
-    assert any((bits(dot(x[:m], w)) != bits(whole[:m])).any() for m in (1, 3, 17))
+    """Several sizes, as above."""
+
+    def depends(k: int, n: int, rows: int, m: int, turned: bool) -> bool:
+        x, w = normal(rng, rows, k), normal(rng, k, n)
+        dot = jax.jit((lambda x, w: jnp.dot(x, w.T)) if turned else jnp.dot)
+        w = np.ascontiguousarray(w.T) if turned else w
+        return bool((bits(dot(x[:m], w)) != bits(dot(x, w)[:m])).any())
+
+    sizes = itertools.product([(576, 576, 256), (1536, 576, 256), (4096, 1024, 64), (65, 17, 256)], [1, 2, 3, 17])
+    assert any(depends(*size, m, turned) for size, m in sizes for turned in (True, False))
 
 
 def test_accuracy(rng):

@@ -26,6 +26,7 @@ SMALL = dataclasses.replace(
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 def test_every_mesh_draws_the_same_model():
     texts, found = prompts(5, 11), []
     for tp, emulate in ((1, False), (3, False), (4, True)):

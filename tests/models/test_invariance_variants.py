@@ -40,6 +40,7 @@ def test_every_collective(algorithm):
     assert_bitwise_equal(run.score(PROMPTS), want, algorithm)
 
 
+@pytest.mark.slow
 def test_few_rows_need_no_reach_to_peers():
     """``direct`` leaves them to ``auto`` where ranks are emulated, or on CPUs; many rows are refused there."""
     numerics = Numerics.invariant(algorithm="direct")
@@ -71,6 +72,7 @@ def test_bfloat16():
 # Contracts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_tree_has_bits_of_its_own():
     found = {}
     for tree in ((2,), (8,), (4, 2)):
