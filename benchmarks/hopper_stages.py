@@ -55,7 +55,9 @@ def stages(tokens: int) -> list[tuple[str, Stage, tuple[jax.ShapeDtypeStruct, ..
         return lambda x, scale, y: n.add_rms_norm(x, y, scale, _EPS)
 
     def norm_rope(n: Numerics) -> Callable[..., Any]:
-        return lambda q, k, q_scale, k_scale, cos, sin: n.norm_rope(q, k, q_scale, k_scale, _EPS, cos, sin)
+        return lambda q, k, q_scale, k_scale, cos, sin: n.norm_rope(
+            q, k, q_scale, k_scale, _EPS, cos, sin, None, (1, 1)
+        )
 
     def log_sum_exp(n: Numerics) -> Callable[..., Any]:
         if n.kind == "plain":

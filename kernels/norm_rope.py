@@ -69,22 +69,30 @@ def _forward(
 
 
 def _backward(eps: float, saved: _Saved, given: tuple[Array, Array]) -> _Saved:
-    from tbik_jax.kernels.hopper import call, norms
-
     q, k, q_scale, k_scale, cos, sin = saved
-
-    def turned_back(x: Array, scale: Array, dy: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-        return norms.rms_norm_gradients(x, scale, dy, eps, angles=(cos, sin))
-
-    found = []
-    for x, scale, dy in ((q, q_scale, given[0]), (k, k_scale, given[1])):
-        if x.shape[-1] in norms.ROTATED:
-            found.append(call("norm_rope", turned_back, x, scale, dy, cos, sin))
-        else:
-            _, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)
-            found.append(pull(rope(dy, cos, -sin)))
-    (dq, dq_scale), (dk, dk_scale) = found
+    dq, dq_scale = norm_rope_gradients(q, q_scale, given[0], cos, sin, eps=eps)
+    dk, dk_scale = norm_rope_gradients(k, k_scale, given[1], cos, sin, eps=eps)
     return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
 _norm_rope.defvjp(_forward, _backward)
+
+
+def norm_rope_gradients(
+    x: Array, scale: Array, dy: Array, cos: Array, sin: Array, *, eps: float
+) -> tuple[Array, Array]:
+    """``(dx, dscale)`` of ``y = rope(rms_norm(x, scale), cos, sin)``, ``x`` and ``dy`` ``[..., heads, D]``.
+
+    Guarantee: the bits of the gradients of both stages, one after the other; ``dscale`` has the dtype of ``scale``.
+    """
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, norms
+
+        def turned_back(x: Array, scale: Array, dy: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+            return norms.rms_norm_gradients(x, scale, dy, eps, angles=(cos, sin))
+
+        if x.shape[-1] in norms.ROTATED:
+            dx, dscale = call("norm_rope", turned_back, x, scale, dy, cos, sin)
+            return dx, dscale
+    dx, dscale = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)[1](rope(dy, cos, -sin))
+    return dx, dscale

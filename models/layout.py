@@ -109,6 +109,17 @@ class Layout:
                 return None
         return tuple(table)
 
+    def leaves_of(self, slots: tuple[int, ...]) -> int | None:
+        """How many leaves the blocks in ``slots`` are; None if they do not lie as a tree over them does: copies, for example.
+
+        Then no sum over the blocks of all ranks has an order, and the input gradient of their projection is such a sum.
+        """
+        blocks = max(slots) + 1
+        if self.ranks > blocks:
+            return None
+        plan = schedule(self.contract.tree_over(blocks), self.ranks)
+        return blocks if self.slots_of(plan) == slots else None
+
     @staticmethod
     def slots_of(plan: Schedule) -> tuple[int, ...]:
         """The leaf in every slot of every rank, rank by rank, or IDLE."""

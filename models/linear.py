@@ -63,7 +63,7 @@ class Linear(nnx.Module):
         kind: ``"column"`` splits the outputs over the mesh, ``"row"`` the inputs.
         origins: The projections in the order of the results; a row-parallel layer has one.
         other: Size of the dimension that is not split.
-        leaves: Leaves of the dimension that is.
+        leaves: Leaves of the dimension that is, of each projection; None refuses its input gradient on several ranks.
         bias: Whether every projection has one.
         dtype: Of the parameters.
         shared: A parameter to use instead of one of its own (tied embeddings).
@@ -75,7 +75,7 @@ class Linear(nnx.Module):
         origins: Mapping[str, Origin],
         *,
         other: int,
-        leaves: int,
+        leaves: tuple[int | None, ...],
         bias: bool,
         dtype: DTypeLike,
         shared: nnx.Param[Array] | None = None,
@@ -120,11 +120,12 @@ class Linear(nnx.Module):
         biases = self._biases()
         if self.kind == "row":
             w = self._packed() if self.packed else self.weights[self.names[0]][...]
-            return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self.leaves),)
+            return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self._leaves_of_row()),)
         if not self.packed:
+            flat: list[Any] = [b.reshape(-1) for b in biases] or [None] * len(self.names)
             return tuple(
-                numerics.column(x, self.weights[name][...], biases[i].reshape(-1) if biases else None, TENSOR, dtype)
-                for i, name in enumerate(self.names)
+                numerics.column(x, self.weights[name][...], bias, TENSOR, leaves, dtype)
+                for name, bias, leaves in zip(self.names, flat, self.leaves, strict=True)
             )
         return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, self._local_sizes(), dtype)
 
@@ -133,7 +134,7 @@ class Linear(nnx.Module):
         biases = self._biases()
         w = self._packed() if self.packed else self.weights[self.names[0]][...]
         bias = biases[0] if biases else None
-        return numerics.row_add_norm(x, w, bias, TENSOR, self.leaves, residual, scale, eps)
+        return numerics.row_add_norm(x, w, bias, TENSOR, self._leaves_of_row(), residual, scale, eps)
 
     def gated(self, numerics: Numerics, x: Array) -> Array:
         """``swiglu`` of the two projections."""
@@ -141,6 +142,11 @@ class Linear(nnx.Module):
             gate, up = self(numerics, x)
             return numerics.swiglu(gate, up)
         return numerics.gated(x, self._packed(), [b.reshape(-1) for b in self._biases()], TENSOR, self._local_sizes())
+
+    def _leaves_of_row(self) -> int:
+        (leaves,) = self.leaves
+        assert leaves is not None
+        return leaves
 
     def _biases(self) -> list[Array]:
         return [self.biases[name][...] for name in self.names if name in self.biases]

@@ -53,9 +53,7 @@ class Block(nnx.Module):
         def norm(part: str, size: int) -> nnx.Param[Array]:
             return parameter(Origin(names(part), stacked=True), (size,), dtype)
 
-        def linear(
-            kind: Literal["column", "row"], slots: tuple[int, ...], leaves: int, bias: bool, **widths: int
-        ) -> Linear:
+        def linear(kind: Literal["column", "row"], slots: tuple[int, ...], bias: bool, **widths: int) -> Linear:
             """Projections by Hugging Face name; ``k_proj`` and ``v_proj`` lie by KV head, all others by leaf."""
             group = "mlp" if slots is mlp_slots else "self_attn"
             origins = {
@@ -68,6 +66,7 @@ class Block(nnx.Module):
                 )
                 for name, width in widths.items()
             }
+            leaves = tuple(layout.leaves_of(origin.slots) for origin in origins.values())
             return Linear(kind, origins, other=hidden, leaves=leaves, bias=bias, dtype=dtype)
 
         head_slots, mlp_slots = layout.slots_of(layout.heads), layout.slots_of(layout.mlp)
@@ -75,14 +74,14 @@ class Block(nnx.Module):
         self.config, self.layout = config, layout
         self.attention_norm = norm("input_layernorm", hidden)
         bias = config.attention_bias
-        self.qkv = linear("column", head_slots, layout.head_leaves, bias, q_proj=head_width, k_proj=dim, v_proj=dim)
+        self.qkv = linear("column", head_slots, bias, q_proj=head_width, k_proj=dim, v_proj=dim)
         if config.qk_norm:
             self.q_norm, self.k_norm = norm("self_attn.q_norm", dim), norm("self_attn.k_norm", dim)
-        self.out = linear("row", head_slots, layout.head_leaves, bias, o_proj=head_width)
+        self.out = linear("row", head_slots, bias, o_proj=head_width)
         self.mlp_norm = norm("post_attention_layernorm", hidden)
         bias = config.mlp_bias
-        self.gate_up = linear("column", mlp_slots, layout.mlp_leaves, bias, gate_proj=mlp_width, up_proj=mlp_width)
-        self.down = linear("row", mlp_slots, layout.mlp_leaves, bias, down_proj=mlp_width)
+        self.gate_up = linear("column", mlp_slots, bias, gate_proj=mlp_width, up_proj=mlp_width)
+        self.down = linear("row", mlp_slots, bias, down_proj=mlp_width)
 
     def __call__(
         self,
@@ -121,7 +120,8 @@ class Block(nnx.Module):
         q, k, v = (a.reshape(*a.shape[:-1], -1, config.head_dim) for a in (q, k, v))
         if config.qk_norm:
             norms = self.q_norm[...], self.k_norm[...]
-            q, k = numerics.norm_rope(q, k, *norms, config.rms_norm_eps, *rotary)
+            leaves = self.qkv.leaves[0], self.qkv.leaves[1]
+            q, k = numerics.norm_rope(q, k, *norms, config.rms_norm_eps, *rotary, TENSOR, leaves)
         else:
             q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -193,7 +193,7 @@ class Transformer(nnx.Module):
             "column",
             {"lm_head": origin},
             other=config.hidden_size,
-            leaves=layout.vocab_leaves,
+            leaves=(layout.vocab_leaves,),
             bias=False,
             dtype=dtype,
             shared=self.embedding if tied else None,

@@ -57,8 +57,16 @@ class Numerics(ABC):
         """Lay a local weight out for inference: ``[slots, n, K]`` (column) or ``[slots, N, k]`` (row)."""
 
     @abstractmethod
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
-        """``x [..., K]``, the same on every rank -> ``[..., slots * n]``."""
+    def column(
+        self,
+        x: Array,
+        w: Weight,
+        bias: Array | None,
+        axis: str,
+        leaves: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
+        """``x [..., K]``, the same on every rank -> ``[..., slots * n]``, whose leaves on all ranks only gradients need."""
 
     def columns(
         self,
@@ -70,7 +78,7 @@ class Numerics(ABC):
         dtype: DTypeLike | None = None,
     ) -> tuple[Array, ...]:
         """:meth:`column` for several projections, whose columns lie side by side in ``w``."""
-        y = self.column(x, w, jnp.concatenate(biases) if biases else None, axis, dtype)
+        y = self.column(x, w, jnp.concatenate(biases) if biases else None, axis, dtype=dtype)
         return tuple(jnp.split(y, np.cumsum(sizes)[:-1].tolist(), axis=-1))
 
     def gated(self, x: Array, w: Weight, biases: Sequence[Array] | None, axis: str, sizes: Sequence[int]) -> Array:
@@ -121,9 +129,18 @@ class Numerics(ABC):
 
     @abstractmethod
     def norm_rope(
-        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+        self,
+        q: Array,
+        k: Array,
+        q_scale: Array,
+        k_scale: Array,
+        eps: float,
+        cos: Array,
+        sin: Array,
+        axis: str | None,
+        leaves: tuple[int | None, int | None],
     ) -> tuple[Array, Array]:
-        """``rope(rms_norm(x, scale, eps), cos, sin)`` of both; see :func:`tbik_jax.dense.norm_rope`."""
+        """``rope(rms_norm(x, scale, eps), cos, sin)`` of both; see :func:`tbik_jax.dense.head_parallel_norm_rope`."""
 
     @abstractmethod
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -155,9 +172,17 @@ class Invariant(Numerics):
     def pack(self, kind: Literal["column", "row"], w: Array) -> matmul.PackedWeight | Array:
         return matmul.pack(w.reshape(1, -1, w.shape[-1]) if kind == "column" else w)
 
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
+    def column(
+        self,
+        x: Array,
+        w: Weight,
+        bias: Array | None,
+        axis: str,
+        leaves: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
         return dense.column_parallel(
-            x, w, bias, axis_name=axis, contract=self.contract, dtype=dtype, algorithm=self._algorithm(x)
+            x, w, bias, axis_name=axis, contract=self.contract, leaves=leaves, dtype=dtype, algorithm=self._algorithm(x)
         )
 
     def columns(
@@ -232,9 +257,20 @@ class Invariant(Numerics):
         return dense.rope(x, cos, sin)
 
     def norm_rope(
-        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+        self,
+        q: Array,
+        k: Array,
+        q_scale: Array,
+        k_scale: Array,
+        eps: float,
+        cos: Array,
+        sin: Array,
+        axis: str | None,
+        leaves: tuple[int | None, int | None],
     ) -> tuple[Array, Array]:
-        return dense.norm_rope(q, k, q_scale, k_scale, cos, sin, eps=eps)
+        return dense.head_parallel_norm_rope(
+            q, k, q_scale, k_scale, cos, sin, eps=eps, axis_name=axis, contract=self.contract, leaves=leaves
+        )
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return dense.swiglu(gate, up)
@@ -276,7 +312,15 @@ class Plain(Numerics):
             return by_leaf.reshape(-1, by_leaf.shape[-1]).T
         return by_leaf.swapaxes(1, 2).reshape(-1, by_leaf.shape[1])
 
-    def column(self, x: Array, w: Weight, bias: Array | None, axis: str, dtype: DTypeLike | None = None) -> Array:
+    def column(
+        self,
+        x: Array,
+        w: Weight,
+        bias: Array | None,
+        axis: str,
+        leaves: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
         y = jnp.dot(x, self._matrix("column", w), preferred_element_type=dtype or x.dtype)
         return y if bias is None else y + bias
 
@@ -302,7 +346,16 @@ class Plain(Numerics):
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
     def norm_rope(
-        self, q: Array, k: Array, q_scale: Array, k_scale: Array, eps: float, cos: Array, sin: Array
+        self,
+        q: Array,
+        k: Array,
+        q_scale: Array,
+        k_scale: Array,
+        eps: float,
+        cos: Array,
+        sin: Array,
+        axis: str | None,
+        leaves: tuple[int | None, int | None],
     ) -> tuple[Array, Array]:
         q, k = self.rms_norm(q, q_scale, eps), self.rms_norm(k, k_scale, eps)
         return self.rope(q, cos, sin), self.rope(k, cos, sin)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tbik_jax._axes import vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.attention.unfused import left_deep, pad
@@ -115,7 +116,8 @@ def sum_of_heads(x: Array, kv_heads: int, kv_head_of: Array | None = None) -> Ar
         value = lax.dynamic_index_in_dim(total, of, 1) + lax.dynamic_index_in_dim(x, head, 1)
         return lax.dynamic_update_index_in_dim(total, value, of, 1)
 
-    return lax.fori_loop(0, heads, add, jnp.zeros((batch, kv_heads, *rest), x.dtype))
+    zeros = vary_like(jnp.zeros((batch, kv_heads, *rest), x.dtype), x, kv_head_of)
+    return lax.fori_loop(0, heads, add, zeros)
 
 
 def _all_heads(
@@ -202,7 +204,8 @@ def _some_pairs(
         return dq, dk, dv
 
     used = (jnp.max(before) + queries + kv_block - 1) // kv_block
-    by_query, of_keys = (jnp.zeros((pairs, group, n, wide), jnp.float32) for n in (places, size))
+    zeros = (jnp.zeros((pairs, group, n, wide), jnp.float32) for n in (places, size))
+    by_query, of_keys = (vary_like(x, dy, q, k, v, positions) for x in zeros)
     dq, dk, dv = lax.fori_loop(0, used, block, (by_query, of_keys, of_keys))
     dq = jnp.take_along_axis(dq, (jnp.arange(queries) + before)[:, None, :, None], axis=2)
     dq, dk, dv = (jnp.where(x == 0, 0.0, x)[..., :dim] for x in (product(dq, scale), product(dk, scale), dv))

@@ -4,6 +4,7 @@ Linear layers take weights ``[N, K]`` (output, input), as Hugging Face stores th
 :class:`tbik_jax.Contract`.
 """
 
+from tbik_jax.dense.heads import head_parallel_norm_rope
 from tbik_jax.dense.linear import (
     column_parallel,
     column_parallel_parts,
@@ -42,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "gather_logits",
+    "head_parallel_norm_rope",
     "log_softmax",
     "log_sum_exp",
     "logits",

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbik_jax._axes import all_gather, axis_size, vary
+from tbik_jax._axes import axis_size, vary, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import tree_psum
+from tbik_jax.collectives import tree_all_gather, tree_psum
 from tbik_jax.contract import Contract
 from tbik_jax.dense.linear import column_parallel
 from tbik_jax.kernels import backend
@@ -23,6 +23,7 @@ from tbik_jax.kernels.batching import one_by_one
 from tbik_jax.kernels.elementary import exp, log
 from tbik_jax.kernels.exact import cast, product, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
+from tbik_jax.kernels.segment_sum import tree_segment_sum
 from tbik_jax.tree import Schedule, Tree, schedule
 
 Array = jax.Array
@@ -96,7 +97,8 @@ def embedding(tokens: Array, table: Array, vocabulary: Vocabulary) -> Array:
         tokens: ``[...]`` integers, the same on every rank. Tokens outside the vocabulary give zeros.
         table: ``[slots * width, D]``, this rank's rows.
 
-    Guarantee: a copy. The gradient of a row adds its tokens' cotangents in token order, in f32.
+    Guarantee: a copy. The gradient of a row adds its tokens' cotangents in f32, on the CPU one after another in token order,
+    on Hopper as :func:`tbik_jax.kernels.segment_sum.tree_segment_sum`; the bits are a function of these tokens alone.
     """
     vocabulary.check("dense.embedding", "table", table.shape[0])
     return _embedding(vocabulary, tokens, table)
@@ -123,12 +125,13 @@ def _embedding_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array
     tokens, table = saved
     index, mine = _local_index(vocabulary, tokens.reshape(-1))
     dy = jnp.where(mine[:, None], dy.reshape(index.shape[0], -1).astype(jnp.float32), 0.0)
-    # XLA:CPU applies updates one after another, in token order; a foreign token adds +0 to a row of its own. Elsewhere they
-    # may be atomic, in the order of the moment.
-    backend.require_cpu("the gradient of embedding")
     index = jnp.where(mine, index, table.shape[0])
-    total = jnp.zeros((table.shape[0] + 1, table.shape[1]), jnp.float32)
-    total = vary(total, *jax.typeof(dy).manual_axis_type.varying)
+    if backend.family() == "sm90":
+        # A scatter may be atomic there, in the order of the moment.
+        total = one_by_one(partial(tree_segment_sum, num_segments=table.shape[0]))(dy, index)
+        return None, cast(vary_like(total, dy), table.dtype)
+    # XLA:CPU applies updates one after another, in token order; a foreign token adds +0 to a row of its own.
+    total = vary_like(jnp.zeros((table.shape[0] + 1, table.shape[1]), jnp.float32), dy)
     total = one_by_one(lambda total, index, dy: total.at[index].add(dy))(total, index, dy)
     return None, cast(total[:-1], table.dtype)
 
@@ -166,11 +169,14 @@ def mask_logits(logits: Array, vocabulary: Vocabulary) -> Array:
 
 
 def gather_logits(logits: Array, vocabulary: Vocabulary) -> Array:
-    """``[..., slots * width]`` of every rank -> ``[..., V]`` in vocabulary order, on every rank. Moves bits only."""
+    """``[..., slots * width]`` of every rank -> ``[..., V]`` in vocabulary order, on every rank.
+
+    Moves bits only, as does its gradient: a rank takes its own entries' cotangents.
+    """
     vocabulary.check("dense.gather_logits", "logits", logits.shape[-1])
     plan, width = vocabulary.plan, vocabulary.width
     if vocabulary.axis_name is not None:
-        logits = all_gather(logits, vocabulary.axis_name, axis=logits.ndim - 1, tiled=True)
+        logits = tree_all_gather(logits, vocabulary.axis_name, gather_dimension=-1)
     if plan.slots * plan.ranks == vocabulary.leaves:
         return logits[..., : vocabulary.size]
     parts = [

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tbik_jax import Contract
+from tbik_jax import Contract, emulate
 from tbik_jax.dense import (
     Vocabulary,
     cross_entropy,
@@ -275,6 +275,27 @@ def test_without_the_check_of_varying_axes(rng, ranks):
     want = wanted(vocabulary, *values)
     got = run(tokens, table_by_slot(table, vocabulary, plan), hidden, labels)
     assert_bitwise_equal(got, (want["embedding"], want["log_p"], want["loss"]))
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("ranks", [1, 3, 7])
+def test_the_gradient_of_gathered_logits_is_its_own_entries(rng, ranks):
+    """Whether types say that all ranks have one cotangent (``check_vma``), or nothing does, as where ranks are emulated."""
+    vocabulary = Vocabulary(259, CONTRACT, "tp")
+    plan = schedule(vocabulary.tree, ranks)
+    y, dy = rng.standard_normal((2, 4, 259), np.float32)
+
+    def run(y, dy):
+        return jax.vjp(lambda y: gather_logits(y, vocabulary), y)[1](dy)[0]
+
+    operands = columns_by_slot(padded(y, vocabulary, 0.0, 1), plan), dy
+    lie = {"in_specs": (COLUMNS, WHOLE), "out_specs": COLUMNS}
+    for call in (
+        sharded(run, ranks, **lie),
+        sharded(run, ranks, **lie, check_vma=False),
+        emulate(run, ranks=ranks, **lie),
+    ):
+        assert_bitwise_equal(columns_from_slots(jax.jit(call)(*operands), plan)[:, :259], dy)
 
 
 @pytest.mark.invariance

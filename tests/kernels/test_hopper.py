@@ -19,8 +19,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, Tree, emulate
-from tbik_jax.dense import Vocabulary, column_parallel, embedding, make_dot_general, row_parallel, swiglu
+from tbik_jax.dense import column_parallel, make_dot_general, row_parallel, swiglu
 from tbik_jax.kernels import backend, matmul
+from tbik_jax.kernels.attention.unfused_backward import attention_backward
 from tbik_jax.kernels.matmul import hopper
 from tbik_jax.kernels.matmul.hopper import settling, split, tuning
 from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
@@ -171,9 +172,9 @@ def test_another_gpu_is_refused(monkeypatch):
 
 def test_what_has_no_kernel_yet_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "family", lambda: "sm90")
-    table, vocabulary = jnp.ones((8, 4)), Vocabulary(8, CONTRACT, None)
-    with pytest.raises(NotImplementedError, match=r"^the gradient of embedding has no kernel in family 'sm90' yet"):
-        jax.grad(lambda table: embedding(jnp.arange(3), table, vocabulary).sum())(table)
+    x, positions = jnp.ones((1, 1, 3, 8)), jnp.arange(3)[None]
+    with pytest.raises(NotImplementedError, match=r"^attention_backward has no kernel in family 'sm90' yet"):
+        attention_backward(*[x.swapaxes(1, 2)] * 2, x, x, positions=positions, scale=1.0, kv_block=128)
 
 
 # What follows a leaf -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tbik_jax.models.random import RandomSource
 from tbik_jax.numerics import Numerics
 from tests.generators import SMALL
 from tests.meshes import mesh_of
+from tests.models.test_gradients import backward
 
 CONTRACT = Contract()
 
@@ -96,3 +97,19 @@ def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
         text = str(jax.make_jaxpr(step)(run._state, *given))
         # The layers are traced once, whether they are scanned or called.
         assert (text.count("name=open_mailbox"), text.count("name=sum_add_norm")) == (1, 2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_gradient_of_a_model(tied, ranks):
+    config = dataclasses.replace(
+        SMALL, head_dim=64, num_heads=8, num_kv_heads=4, tie_word_embeddings=tied, qk_norm=not tied
+    )
+    mesh = make_mesh(tp=ranks)
+    model = load(config, RandomSource(config), Numerics.invariant(CONTRACT), mesh, dtype="bfloat16")
+    run, state, specs = backward(model)
+    whole = jax.shard_map(run, mesh=mesh, in_specs=(specs, P(), P()), out_specs=(P(), specs))
+    logits = jax.ShapeDtypeStruct((2, 30, config.vocab_size), jnp.float32)
+    found, gradients = jax.eval_shape(whole, state, jax.ShapeDtypeStruct((2, 30), jnp.int32), logits)
+    assert (found.shape, found.dtype) == (logits.shape, logits.dtype)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), gradients) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

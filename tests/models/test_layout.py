@@ -171,3 +171,21 @@ def test_every_dimension_that_a_mesh_does_not_fit_is_listed(ranks):
         assert line.startswith(
             f"  - {ranks} tensor-parallel ranks, but the {dimension} have {count} leaves: use at most"
         )
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, ranks, leaves",
+    [
+        (12, 6, 1, 6),
+        (12, 6, 3, 6),
+        (12, 6, 4, None),  # leaves of one head: a group is cut, and its KV head lies on two ranks
+        (24, 8, 3, 8),  # a leaf is a group
+        (32, 16, 3, None),  # leaves of two groups: 6, 6 and 4 KV heads, where a tree over 16 has 6, 5 and 5
+        (8, 2, 4, None),  # copies
+    ],
+)
+def test_leaves_of_kv_heads(heads, kv_heads, ranks, leaves):
+    config = dataclasses.replace(TINY, num_heads=heads, num_kv_heads=kv_heads)
+    layout = Layout(config, Contract(), ranks)
+    assert layout.leaves_of(layout.kv_slots) == leaves
+    assert layout.leaves_of(layout.slots_of(layout.heads)) == layout.head_leaves

@@ -1,0 +1,116 @@
+"""Gradients of whole models by every parameter: the same bits on every mesh that divides the KV heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tbik_jax import Contract, emulate
+from tbik_jax.engine import make_mesh
+from tbik_jax.models.config import ModelConfig
+from tbik_jax.models.layout import Layout
+from tbik_jax.models.loading import load
+from tbik_jax.models.random import RandomSource
+from tbik_jax.models.transformer import Transformer
+from tbik_jax.numerics import Numerics
+from tbik_jax.testing import assert_bitwise_equal, bits
+from tests.generators import SMALL
+
+pytestmark = pytest.mark.invariance
+
+INVARIANT, PLAIN = Numerics.invariant(), Numerics.plain()
+#: Two query heads a KV head; leaves of one head, and of eleven feed-forward columns.
+GROUPED = dataclasses.replace(SMALL, num_heads=12, num_kv_heads=6, intermediate_size=88, qk_norm=True)
+TOKENS = np.random.default_rng(5).integers(0, 256, (3, 29))
+TOKENS[1, 3:9] = TOKENS[0, 0]  # a row of the embedding that many tokens share
+
+
+def backward(model: Transformer) -> tuple[Callable[..., Any], nnx.State, Any]:
+    """``(state, tokens, d_logits) -> (logits, gradients)`` for ``shard_map``, the state, and its specs."""
+    graph, state = nnx.split(model)
+    specs = jax.tree.map(
+        lambda v: v.replace(v.get_metadata()["spec"]), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+
+    def run(state: Any, tokens: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, Any]:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        logits, pull = jax.vjp(lambda state: nnx.merge(graph, state)(tokens, positions)[0], state)
+        return logits, pull(d_logits)[0]
+
+    return run, state, specs
+
+
+def by_block(gradient: nnx.Variable[Any]) -> np.ndarray:
+    """Without slots: the blocks of the stored tensor, in their order."""
+    origin, x = gradient.get_metadata()["origin"], np.asarray(gradient[...])
+    if origin.cut == "whole":
+        return x
+    return x.take([origin.slots.index(block) for block in range(max(origin.slots) + 1)], axis=int(origin.stacked))
+
+
+def gradients(
+    config: ModelConfig, tp: int, *, numerics: Numerics = INVARIANT, dtype: str = "float32", emulated: bool = False
+) -> dict[str, np.ndarray]:
+    """The logits, and the gradient by every parameter."""
+    mesh = make_mesh(1 if emulated else tp)
+    model = load(config, RandomSource(config), numerics, mesh, dtype=dtype, ranks=tp if emulated else None)
+    run, state, specs = backward(model)
+    d_logits = np.random.default_rng(6).standard_normal((*TOKENS.shape, config.vocab_size), np.float32)
+    lie = {"in_specs": (specs, P(), P()), "out_specs": (P(), specs)}
+    if emulated:
+        call = emulate(run, ranks=tp, axis_name="tp", **lie)
+    else:
+        call = jax.jit(jax.shard_map(run, mesh=mesh, **lie))
+    logits, found = call(state, TOKENS, d_logits)
+    variables = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return {"logits": np.asarray(logits), **{v.get_metadata()["origin"].tensors[0]: by_block(v) for v in variables}}
+
+
+@pytest.fixture(scope="module")
+def want() -> dict[str, np.ndarray]:
+    return gradients(GROUPED, 1)
+
+
+@pytest.mark.parametrize("tp", [3, pytest.param(6, marks=pytest.mark.slow)])
+def test_every_mesh(want, tp):
+    assert_bitwise_equal(gradients(GROUPED, tp), want, f"{tp} ranks")
+
+
+@pytest.mark.slow
+def test_ranks_emulated_on_one_device(want):
+    assert_bitwise_equal(gradients(GROUPED, 3, emulated=True), want, "3 emulated ranks")
+
+
+@pytest.mark.slow
+def test_bfloat16_and_a_head_of_its_own():
+    config = dataclasses.replace(GROUPED, tie_word_embeddings=not GROUPED.tie_word_embeddings, num_layers=1)
+    numerics = Numerics.invariant(Contract(tree=(3, 2, 2)))
+    one = gradients(config, 1, numerics=numerics, dtype="bfloat16")
+    assert_bitwise_equal(gradients(config, 2, numerics=numerics, dtype="bfloat16"), one, "2 ranks")
+
+
+def test_twin_plain_gradients_differ_between_meshes(want):
+    one, three = (gradients(GROUPED, tp, numerics=PLAIN) for tp in (1, 3))
+    assert any((bits(one[name]) != bits(three[name])).any() for name in one)
+
+
+def test_values(want):
+    """Against autodiff of plain numerics, which errs as much: float32 sums of some hundred terms, two layers deep."""
+    plain = gradients(GROUPED, 1, numerics=PLAIN)
+    for name, got in want.items():
+        np.testing.assert_allclose(got, plain[name], rtol=0, atol=2e-5 * np.abs(plain[name]).max(), err_msg=name)
+
+
+def test_copies_of_a_kv_head_are_refused():
+    """Their gradients would have to be added in an order that no tree gives yet."""
+    assert Layout(SMALL, Contract(), 3).kv_of_head is not None
+    with pytest.raises(ValueError, match="KV heads that the mesh does not divide have no gradient yet"):
+        gradients(SMALL, 3)
