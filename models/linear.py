@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -50,6 +51,22 @@ def parameter(origin: Origin, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.P
     split = () if origin.cut == "whole" else (TENSOR,)
     spec = P(*[None] * len(lead), *split)
     return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _without_gradient(name: str, y: Array) -> Array:
+    """``y`` of a projection whose outputs lie on the ranks like no tree, some of them on several."""
+    return y
+
+
+def _refuse(name: str, _: None, dy: Array) -> Any:
+    raise ValueError(
+        f"{name}: {lax.axis_size(TENSOR)} tensor-parallel ranks do not divide the KV heads, so that some are on several ranks, "
+        f"and there is no order yet in which to add their gradients. Use a mesh that divides the KV heads"
+    )
+
+
+_without_gradient.defvjp(lambda name, y: (y, None), _refuse)
 
 
 class Packed(nnx.Variable[Array]):
@@ -123,10 +140,11 @@ class Linear(nnx.Module):
             return (numerics.row(x, w, biases[0] if biases else None, TENSOR, self._leaves_of_row()),)
         if not self.packed:
             flat: list[Any] = [b.reshape(-1) for b in biases] or [None] * len(self.names)
-            return tuple(
-                numerics.column(x, self.weights[name][...], bias, TENSOR, leaves, dtype)
-                for name, bias, leaves in zip(self.names, flat, self.leaves, strict=True)
-            )
+            results = []
+            for name, bias, leaves in zip(self.names, flat, self.leaves, strict=True):
+                y = numerics.column(x, self.weights[name][...], bias, TENSOR, leaves, dtype)
+                results.append(y if leaves is not None or numerics.kind == "plain" else _without_gradient(name, y))
+            return tuple(results)
         return numerics.columns(x, self._packed(), [b.reshape(-1) for b in biases], TENSOR, self._local_sizes(), dtype)
 
     def add_norm(self, numerics: Numerics, x: Array, residual: Array, scale: Array, eps: float) -> tuple[Array, Array]:

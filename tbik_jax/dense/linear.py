@@ -457,10 +457,7 @@ def _cut_row(
 
 
 def _unknown_leaves(where: str, slots: int) -> ValueError:
-    return ValueError(
-        f"{where}: {slots} slots per rank do not say how many leaves all ranks hold; pass leaves=. (In a model: KV heads that "
-        f"the mesh does not divide have no gradient yet.)"
-    )
+    return ValueError(f"{where}: {slots} slots per rank do not say how many leaves all ranks hold; pass leaves=")
 
 
 # Cotangents arrive in f32 but come from a value of the result's dtype: taking them back to it is exact, and products of
