@@ -112,5 +112,5 @@ def test_values(want):
 def test_copies_of_a_kv_head_are_refused():
     """Their gradients would have to be added in an order that no tree gives yet."""
     assert Layout(SMALL, Contract(), 3).kv_of_head is not None
-    with pytest.raises(ValueError, match="[kv]_proj: 3 tensor-parallel ranks do not divide the KV heads"):
+    with pytest.raises(ValueError, match=r"[kv]_proj: 3 tensor-parallel ranks do not divide the KV heads"):
         gradients(SMALL, 3)
