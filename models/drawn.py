@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 
 from tbik_jax.kernels.exact import cast, product
 from tbik_jax.models.config import ModelConfig
+from tbik_jax.models.linear import Origin
 from tbik_jax.models.loading import abstract, check_mesh
 from tbik_jax.models.source import expected_tensors
 from tbik_jax.models.transformer import Transformer
@@ -81,31 +83,14 @@ def _drawn(
     middle, spread = 0.0, (12.0 / of_one[-1]) ** 0.5
     if origin.tensors[0].endswith("norm.weight"):
         middle, spread = 1.0, 0.25
-    fill = _filler(
-        of_one,
-        origin.cut,
-        origin.width,
-        tuple(origin.slots),
-        origin.stacked,
-        middle,
-        spread,
-        jnp.dtype(parameter.dtype),
-        NamedSharding(mesh, meta["spec"]),
-    )
+    nameless = replace(origin, tensors=())
+    fill = _filler(nameless, of_one, middle, spread, jnp.dtype(parameter.dtype), NamedSharding(mesh, meta["spec"]))
     return parameter.replace(fill(np.array([_hashed(f"{seed}/{name}") for name in origin.tensors], np.uint32)))
 
 
 @cache
 def _filler(
-    shape: tuple[int, ...],
-    cut: str,
-    width: int,
-    slots: tuple[int, ...],
-    stacked: bool,
-    middle: float,
-    spread: float,
-    dtype: np.dtype[Any],
-    sharding: NamedSharding,
+    origin: Origin, shape: tuple[int, ...], middle: float, spread: float, dtype: np.dtype[Any], sharding: NamedSharding
 ) -> Callable[[np.ndarray], Array]:
     """``keys [layers, 2] -> weights``, compiled once for all parameters and models of the same layout."""
 
@@ -113,16 +98,16 @@ def _filler(
         raw = jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), shape, jnp.uint32)
         x = product((raw >> 9).astype(jnp.float32) - np.float32(2**22 - 0.5), float(np.float32(spread * 2.0**-23)))
         x = cast(x + middle, dtype)
-        if cut == "whole":
+        if origin.cut == "whole":
             return x
-        axis, of_slot = (0 if cut == "rows" else 1), np.array(slots)
-        blocks = -(-x.shape[axis] // width)
-        x = jnp.pad(x, [(0, blocks * width - n if i == axis else 0) for i, n in enumerate(x.shape)])
-        x = jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, width, *x.shape[axis + 1 :]), axis, 0)
-        held = (of_slot >= 0).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(held, x[np.maximum(of_slot, 0)], jnp.zeros((), x.dtype))
+        axis, slots = (0 if origin.cut == "rows" else 1), np.array(origin.slots)
+        blocks = -(-x.shape[axis] // origin.width)
+        x = jnp.pad(x, [(0, blocks * origin.width - n if i == axis else 0) for i, n in enumerate(x.shape)])
+        x = jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, origin.width, *x.shape[axis + 1 :]), axis, 0)
+        held = (slots >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(held, x[np.maximum(slots, 0)], jnp.zeros((), x.dtype))
 
-    return jax.jit(lambda keys: jax.lax.map(one, keys) if stacked else one(keys[0]), out_shardings=sharding)
+    return jax.jit(lambda keys: jax.lax.map(one, keys) if origin.stacked else one(keys[0]), out_shardings=sharding)
 
 
 def _hashed(text: str) -> tuple[int, int]:
