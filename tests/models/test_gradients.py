@@ -29,6 +29,10 @@ pytestmark = pytest.mark.invariance
 INVARIANT, PLAIN = Numerics.invariant(), Numerics.plain()
 #: Two query heads a KV head; leaves of one head, and of eleven feed-forward columns.
 GROUPED = dataclasses.replace(SMALL, num_heads=12, num_kv_heads=6, intermediate_size=88, qk_norm=True)
+#: With heads that Hopper's attention knows, and a scale of its own for queries and keys.
+ON_A_CARD = dataclasses.replace(
+    GROUPED, hidden_size=328, head_dim=64, num_heads=16, num_kv_heads=8, intermediate_size=8 * 44
+)
 TOKENS = np.random.default_rng(5).integers(0, 256, (3, 29))
 TOKENS[1, 3:9] = TOKENS[0, 0]  # a row of the embedding that many tokens share
 
@@ -107,6 +111,25 @@ def test_values(want):
     plain = gradients(GROUPED, 1, numerics=PLAIN)
     for name, got in want.items():
         np.testing.assert_allclose(got, plain[name], rtol=0, atol=2e-5 * np.abs(plain[name]).max(), err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason=f"needs a Hopper GPU; the default backend is {jax.default_backend()}"
+)
+@pytest.mark.parametrize("tree", [(2,), (8,)])
+def test_one_card_emulates_every_mesh(tree):
+    contract = Contract(tree=tree)
+    numerics, plain = Numerics.invariant(contract), Numerics.plain(contract)
+    one = gradients(ON_A_CARD, 1, numerics=numerics, dtype="bfloat16")
+    for tp in (2, 4, 8):
+        got = gradients(ON_A_CARD, tp, numerics=numerics, dtype="bfloat16", emulated=True)
+        assert_bitwise_equal(got, one, f"{tp} emulated ranks")
+    of_plain = [gradients(ON_A_CARD, tp, numerics=plain, dtype="bfloat16", emulated=tp > 1) for tp in (1, 4)]
+    assert any((bits(of_plain[0][name]) != bits(of_plain[1][name])).any() for name in one), "the twin agrees"
+    for name, got in one.items():  # of bfloat16, two layers deep
+        want = of_plain[0][name].astype(np.float32)
+        assert np.linalg.norm(got.astype(np.float32) - want) < 0.03 * np.linalg.norm(want), name
 
 
 def test_copies_of_a_kv_head_are_refused():
