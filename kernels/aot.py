@@ -352,7 +352,7 @@ def _stage(name: str, width: int) -> Case:
         "add": (maps.add, (rows, rows)),
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),
-        "log-sum-exp": (sums.leaf_sums, (((1024, 8, width), "float32"), ((1024,), "float32"))),
+        "log-sum-exp": (sums.leaf_exp_sums, (((1024, 8, width), "float32"),)),
     }
     return stages[name]
 

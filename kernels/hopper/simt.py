@@ -192,9 +192,13 @@ class Arithmetic:
         """``a * b + c``, rounded once."""
         return _ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
+    def maximum(self, a: Float, b: Float | float) -> Float:
+        """NaN where either is; +0 of two zeros."""
+        return _ptx("max.NaN.f32 $0, $1, $2;", a, b)
+
     def clip(self, x: Float, low: float, high: float) -> Float:
         """NaN stays."""
-        return _ptx("min.NaN.f32 $0, $1, $2;", _ptx("max.NaN.f32 $0, $1, $2;", x, low), high)
+        return _ptx("min.NaN.f32 $0, $1, $2;", self.maximum(x, low), high)
 
     def exp2(self, x: Float) -> Float:
         """The instruction; within 2**-22, and 0 below 2**-126."""

@@ -30,6 +30,11 @@ class Machine:
         a, b, c = (np.asarray(np.float32(x), np.float64) for x in (a, b, c))
         return np.float32(a * b + c)
 
+    def maximum(self, a, b):
+        b = np.float32(b)
+        largest = np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))  # of two zeros +0
+        return np.where(np.isnan(largest), np.float32(np.nan), largest)
+
     def clip(self, x, low, high):
         return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
 

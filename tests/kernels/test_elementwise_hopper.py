@@ -17,18 +17,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax.contract import Contract
-from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax
+from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax, log_sum_exp
+from tbik_jax.emulate import emulate
 from tbik_jax.kernels import backend, exact
-from tbik_jax.kernels.hopper import formulas, simt, sums
-from tbik_jax.kernels.hopper.spec import norm, norm_gradients, rotated, row_sum
+from tbik_jax.kernels.hopper import formulas, maps, simt, sums
+from tbik_jax.kernels.hopper.spec import exp_sum, norm, norm_gradients, rotated, row_sum
 from tbik_jax.kernels.norm_rope import norm_rope
 from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
 from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.testing import assert_bitwise_equal
+from tbik_jax.tree import schedule
 from tests.kernels import families, simt_numpy
-from tests.meshes import mesh_of
+from tests.meshes import columns_by_slot, mesh_of
 
 f32, EPS = np.float32, 1e-5
 DTYPES = ("bfloat16", "float16", "float32")
@@ -53,6 +55,12 @@ def _hopper(request, monkeypatch):
     yield
     if not is_hopper():
         jax.clear_caches()
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    """The formula's bits, by a kernel without sums."""
+    (y,) = maps._each(lambda m, x: (formulas.exp(m, x),), (jnp.asarray(x),), (x,))
+    return np.asarray(y)
 
 
 def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> np.ndarray:
@@ -120,16 +128,36 @@ def test_sums_of_residuals(rng, shape, dtype):
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("width", [1, 5, 512, 4001, 18992])
-def test_leaves_of_a_vocabulary(rng, width):
-    """Plain sums in the documented order; sums of exponentials within 2**-19, and rows do not see each other."""
-    x = normal(rng, 3, 2, width)
-    assert_bitwise_equal(jax.jit(sums.leaf_sums)(x), row_sum(x, 128, 4), "plain")
-    top = 3 * x.max((1, 2))
-    total = np.asarray(jax.jit(sums.leaf_sums)(3 * x, top))
-    want = np.exp(3 * x.astype(np.float64) - top[:, None, None]).sum(-1)
-    np.testing.assert_allclose(total, want, rtol=2.0**-19)
-    assert_bitwise_equal(jax.jit(sums.leaf_sums)(3 * x[1:2], top[1:2]), total[1:2], "one row")
+@pytest.mark.parametrize("width", [1, 3, 129, 512, 4001, 4097, 18992])
+def test_leaves_of_a_vocabulary_follow_the_documented_order(rng, width):
+    """Whatever rows and leaves are beside."""
+    x = normal(rng, 17, 2, width)
+    assert_bitwise_equal(jax.jit(sums.leaf_sums)(x[:3]), row_sum(x[:3], 128, 4), "plain")
+    x = 3 * x
+    x[2, 1, width // 2 :] = -np.inf
+    whole = jax.tree.map(np.asarray, jax.jit(sums.leaf_exp_sums)(x))
+    assert_bitwise_equal(whole, exp_sum(x, exp), "exponentials")
+    for part in (np.s_[4:5], np.s_[:3], np.s_[:, 1:]):
+        assert_bitwise_equal(jax.jit(sums.leaf_exp_sums)(x[part]), tuple(y[part] for y in whole), f"{part}")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("size", [5, 1003, 8 * 129])
+def test_the_sum_of_exponentials_is_that_of_one_rank(rng, size):
+    logits = 5 * normal(rng, 3, size)
+    logits[1, : size // 2] = -np.inf  # ranks without a finite entry
+
+    def on_ranks(ranks):
+        vocabulary = Vocabulary(size, Contract(), "tp")
+        padded = np.pad(logits, [(0, 0), (0, vocabulary.leaves * vocabulary.width - size)], constant_values=np.nan)
+        run = emulate(lambda y: log_sum_exp(y, vocabulary), ranks=ranks, in_specs=(P(None, "tp"),), out_specs=P())
+        return run(columns_by_slot(padded, schedule(vocabulary.tree, ranks)))
+
+    one = on_ranks(1)
+    for ranks in (2, 3, 5):
+        assert_bitwise_equal(on_ranks(ranks), one, f"{ranks} ranks")
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    np.testing.assert_allclose(one, exact, rtol=0, atol=4e-6)
 
 
 @pytest.mark.invariance
@@ -170,6 +198,41 @@ def test_exp_is_accurate(rng):
     y = formulas.exp(simt_numpy.Machine(1), far)[0, :8]
     np.testing.assert_array_equal(y[[0, 1, 2, 3]], [0, 0, 0, 1])
     assert np.isfinite(y[[4, 6]]).all() and np.isnan(y[5])
+
+
+@pytest.mark.parametrize("width", [1, 3, 129, 4097, 18992])
+def test_sums_of_exponentials_are_accurate(rng, width):
+    """Within 2**-19; where the maximum rises all the time, and sums are multiplied as often, within 2**-17."""
+    x = normal(rng, 3, 6, width)
+    x *= f32([[1], [3], [3], [1e4], [1e-3], [3]])
+    x[:, 2] += f32(1e4)
+    x[:, 2, 1::3] = -np.inf
+    x[:, 4:].sort()
+    m, total = map(np.asarray, jax.jit(sums.leaf_exp_sums)(x))
+    np.testing.assert_array_equal(m, x.max(-1))
+    want = np.exp(x.astype(np.float64) - m[..., None]).sum(-1)
+    np.testing.assert_allclose(total[:, :4], want[:, :4], rtol=2.0**-19)
+    np.testing.assert_allclose(total[:, 4:], want[:, 4:], rtol=2.0**-17)
+
+
+def test_extreme_logits():
+    """A leaf without an entry adds nothing; an entry alone is its own log-sum-exp; what is no number stays in its row."""
+    largest, inf, nan = np.finfo(f32).max, np.inf, np.nan
+    rows = np.full((10, 4099), -inf, f32)
+    rows[0, 4098] = rows[1, 2050] = 1e4
+    rows[2, 0], rows[3, 7] = -1e4, -largest
+    rows[4, :] = -largest
+    rows[5, :], rows[5, 3000] = -1e4, 1e4
+    rows[6, 5:9] = largest, -largest, 0, 1
+    rows[7, 4000], rows[8, 4000] = nan, inf
+    vocabulary = Vocabulary(4099, Contract(), None)
+    logits = np.pad(rows, [(0, 0), (0, vocabulary.local_size - 4099)])
+    got = np.asarray(log_sum_exp(logits, vocabulary))
+    np.testing.assert_array_equal(got[:7], f32([1e4, 1e4, -1e4, -largest, -largest, 1e4, largest]))
+    np.testing.assert_array_equal(got[7:], [nan, nan, -inf])
+    m, total = jax.jit(sums.leaf_exp_sums)(rows)
+    np.testing.assert_array_equal(total, f32([1, 1, 1, 1, 4099, 1, 1, nan, nan, 0]))
+    np.testing.assert_array_equal(m[-3:], [nan, inf, -largest])
 
 
 @pytest.mark.parametrize("dtype, last", [("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-20)])
@@ -232,6 +295,25 @@ def test_many_rows_are_rows_alone(rng):
     whole = jax.jit(run)(x, y)
     for rows in (slice(0, 1), slice(8191, 8192), slice(100, 117), slice(4000, 5024)):
         assert_bitwise_equal(jax.jit(run)(x[rows], y[rows]), tuple(np.asarray(v)[rows] for v in whole), f"{rows}")
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.invariance
+def test_many_leaves_are_leaves_alone(rng):
+    """Logits that fill the device, and their log-sum-exp, against those of few rows, and of one leaf."""
+    vocabulary = Vocabulary(151936, Contract(), None)
+    logits = 4 * normal(rng, 1024, 151936)
+
+    def run(logits):
+        return *sums.leaf_exp_sums(logits.reshape(-1, 8, 18992)), log_sum_exp(logits, vocabulary)
+
+    whole = [np.asarray(v) for v in jax.jit(run)(logits)]
+    for rows in (slice(0, 1), slice(1023, 1024), slice(100, 103), slice(500, 517)):
+        assert_bitwise_equal(jax.jit(run)(logits[rows]), tuple(v[rows] for v in whole), f"{rows}")
+    leaf = jax.jit(sums.leaf_exp_sums)(logits[:17, None, 3 * 18992 : 4 * 18992])
+    assert_bitwise_equal(leaf, tuple(v[:17, 3:4] for v in whole[:2]), "one leaf")
+    assert_bitwise_equal(leaf, exp_sum(logits[:17, None, 3 * 18992 : 4 * 18992], exp), "documented order")
 
 
 @on_the_card
