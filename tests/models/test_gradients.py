@@ -131,16 +131,12 @@ def test_one_card_emulates_every_mesh(tree, tp):
 
 @on_the_card
 @pytest.mark.gpu
-def test_values_on_a_card_and_a_twin():
-    """Plain bfloat16 gradients, two layers deep: near, but another number of ranks gives other bits."""
-    one, plain, four = (
-        gradients(ON_A_CARD, tp, numerics=numerics, dtype="bfloat16", emulated=tp > 1)
-        for tp, numerics in ((1, INVARIANT), (1, PLAIN), (4, PLAIN))
-    )
+def test_values_on_a_card():
+    """Near plain bfloat16 gradients, two layers deep."""
+    one, plain = (gradients(ON_A_CARD, 1, numerics=numerics, dtype="bfloat16") for numerics in (INVARIANT, PLAIN))
     for name, got in one.items():
         want = plain[name].astype(np.float32)
         assert np.linalg.norm(got.astype(np.float32) - want) < 0.03 * np.linalg.norm(want), name
-    assert any((bits(plain[name]) != bits(four[name])).any() for name in one)
 
 
 def test_copies_of_a_kv_head_are_refused():
