@@ -103,9 +103,9 @@ def norm_rope_gradients_by_leaf(
     """:func:`norm_rope_gradients` of several arrays, each in leaves: so many equal groups of consecutive heads.
 
     Returns:
-        ``dx`` of every array, and ``dscale [leaves, D]`` of every scale.
+        ``dx`` of every array, and f32 ``dscale [leaves, D]`` of every scale, not rounded to its dtype.
 
-    Guarantee: the bits of a leaf are those of :func:`norm_rope_gradients` of its heads alone.
+    Guarantee: the bits of a leaf are those of :func:`norm_rope_gradients` of its heads alone, with the scale in f32.
     """
     return _gradients(eps, tuple(leaves), tuple(xs), tuple(scales), tuple(dys), cos, sin)
 
@@ -144,6 +144,6 @@ def _gradients(
         for count, x, scale, dy in zip(leaves, xs, scales, dys, strict=True):
             grouped = (*x.shape[:-2], count, -1, x.shape[-1])
             by_leaf = tuple(jnp.moveaxis(of.reshape(grouped), -3, 0) for of in (x, dy))
-            dx, dscale = lax.map(partial(one, scale), by_leaf)
+            dx, dscale = lax.map(partial(one, scale.astype(jnp.float32)), by_leaf)
             found.append((jnp.moveaxis(dx, 0, -3).reshape(x.shape), dscale))
     return tuple(dx for dx, _ in found), tuple(dscale for _, dscale in found)

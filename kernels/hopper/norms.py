@@ -89,7 +89,9 @@ def rms_norm_gradients(
     if not x.size:
         return x.reshape(shape), jnp.zeros_like(scale)
     besides = [] if beside is None else [_rows(beside)[0]]
-    (dx,), (dscale,) = _gradients([x], [_padded(scale)], [_rows(dy)[0]], [], besides, (_Rows(rows),), 1.0 / d, eps)
+    (dx,), (dscale,) = _gradients(
+        [x], [_padded(scale)], [_rows(dy)[0]], [], besides, (_Rows(rows),), 1.0 / d, eps, scale.dtype
+    )
     return dx[:, :d].reshape(shape), dscale[0, :d]
 
 
@@ -104,7 +106,7 @@ def rms_norm_rope_gradients(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Of `rms_norm_rope`, with respect to every ``x`` and every scale; ``dy`` turned back is rounded to its dtype.
 
-    With ``leaves``, equal groups of an array's heads, the gradient of its scale is ``[leaves, D]``, each as if alone.
+    With ``leaves``, equal groups of an array's heads, the gradient of its scale is f32 ``[leaves, D]``, each as if alone.
     """
     if len(xs) > 1 and any(len({x.dtype for x in arrays}) > 1 for arrays in (xs, dys, scales)):
         each = [
@@ -115,15 +117,16 @@ def rms_norm_rope_gradients(
     leading, d = xs[0].shape[:-2], xs[0].shape[-1]
     tables = [jnp.broadcast_to(table, (*leading, d // 2)) for table in (cos, sin)]
     groups = leaves or (1,) * len(xs)
+    dtype = jnp.dtype(jnp.float32) if leaves else scales[0].dtype
     if not tables[0].size:
-        sums = [jnp.zeros((count, d), scale.dtype) for count, scale in zip(groups, scales, strict=True)]
+        sums = [jnp.zeros((count, d), dtype) for count in groups]
         return tuple(xs), tuple(sums if leaves else (x[0] for x in sums))
     of = tuple(
         _Rows(math.prod(leading) * (x.shape[-2] // count), count, x.shape[-2] // count)
         for x, count in zip(xs, groups, strict=True)
     )
     flat = [[x.reshape(-1, d) for x in arrays] for arrays in (xs, dys)]
-    dxs, dscales = _gradients(flat[0], scales, flat[1], tables, [], of, 1.0 / d, eps)
+    dxs, dscales = _gradients(flat[0], scales, flat[1], tables, [], of, 1.0 / d, eps, dtype)
     dxs = [dx.reshape(x.shape) for dx, x in zip(dxs, xs, strict=True)]
     return tuple(dxs), tuple(dscales if leaves else (x[0] for x in dscales))
 
@@ -146,8 +149,9 @@ def _gradients(
     of: tuple[_Rows, ...],
     mean: float,
     eps: float,
+    dtype: Any,
 ) -> tuple[list[Array], list[Array]]:
-    """Of arrays ``[rows, D]`` in one launch: the gradients of each, and of its scale ``[leaves, D]``."""
+    """Of arrays ``[rows, D]`` in one launch: the gradients of each, and of its scale ``[leaves, D]``, of that dtype."""
     d, together = xs[0].shape[1], _rows_of_block(xs[0].shape[1])
     many = sum(each.leaves * -(-each.rows // (together * TOKENS)) for each in of) > _ALONE
     chain = TOKENS if many else 1
@@ -172,20 +176,15 @@ def _gradients(
     given = (*xs, *scales, *dys, *tables, *besides)
     *dxs, parts = simt.launch(program, blocks, given, tuple(out), shared=_exchanged(d, 2), slots=slots)
     nodes = [(each.leaves, count) for each, count in zip(of, terms, strict=True)]
-    dscales, first = _sums(parts, nodes, scales[0].dtype, in_order=not many), 0
-    split = []
-    for each in of:
-        split.append(dscales[first : first + each.leaves])
-        first += each.leaves
-    return dxs, split
+    return dxs, _sums(parts, nodes, dtype, in_order=not many)
 
 
 def _slots(x: Array) -> int:
     return CHUNK * x.dtype.itemsize // 16
 
 
-def _sums(parts: Array, of: Sequence[tuple[int, int]], dtype: Any, in_order: bool) -> Array:
-    """Of ``(leaves, nodes of a leaf)``, array by array, the sums of all leaves: f32 ``[all nodes, D]`` -> ``[all leaves, D]``.
+def _sums(parts: Array, of: Sequence[tuple[int, int]], dtype: Any, in_order: bool) -> list[Array]:
+    """Of ``(leaves, nodes of a leaf)``, array by array, the sums of leaves: f32 ``[all nodes, D]`` -> an ``[leaves, D]`` each.
 
     Pairwise; ``in_order``, 16 by 16 from +0 before that. No part of a pair is -0, so missing ones may count as +0.
     """
@@ -196,12 +195,14 @@ def _sums(parts: Array, of: Sequence[tuple[int, int]], dtype: Any, in_order: boo
         left = [(leaves, -(-nodes // (once * rounds))) for leaves, nodes in of]
         rows = sum(leaves * nodes for leaves, nodes in left)
         last = all(nodes == 1 for _, nodes in left)
-        out = jax.ShapeDtypeStruct((rows, d), dtype if last else jnp.float32)
+        out = tuple(jax.ShapeDtypeStruct((leaves, d), dtype) for leaves, _ in left)
+        if not last:
+            out = (jax.ShapeDtypeStruct((rows, d), jnp.float32),)
         program = partial(_add_nodes, of=tuple(of), d=d, rounds=rounds, in_order=in_order)
-        parts = simt.launch(program, rows * -(-d // (4 * _ACROSS)), (parts,), out, slots=1)
+        sums = simt.launch(program, rows * -(-d // (4 * _ACROSS)), (parts,), out, slots=1)
         if last:
-            return parts
-        of, in_order = left, False
+            return list(sums)
+        (parts,), of, in_order = sums, left, False
 
 
 def _rows(x: Array) -> tuple[Array, int, int]:
@@ -489,9 +490,12 @@ def _added(values: Sequence[Sequence[Any]]) -> Any:
 
 
 def _add_nodes(
-    m: Any, parts: Any, out: Any, *, of: tuple[tuple[int, int], ...], d: int, rounds: int, in_order: bool
+    m: Any, parts: Any, *outs: Any, of: tuple[tuple[int, int], ...], d: int, rounds: int, in_order: bool
 ) -> None:
-    """A thread adds ``rounds`` times 16 nodes of four columns; four threads lie side by side."""
+    """A thread adds ``rounds`` times 16 nodes of four columns; four threads lie side by side.
+
+    The last time every array has a result of its own.
+    """
     across = -(-d // (4 * _ACROSS))
     column = ((m.block % across) * _ACROSS + m.thread % _ACROSS) * 4
     to = m.block // across
@@ -501,12 +505,12 @@ def _add_nodes(
         left = -(-nodes // fan_in)
         here = to - first
         leaf = here // left
-        places.append(((here - leaf * left) * fan_in, leaf * nodes + first_part))
+        places.append(((here - leaf * left) * fan_in, leaf * nodes + first_part, here if len(outs) > 1 else to))
         first += leaves * left
         first_part += leaves * nodes
         ends.append(first * across)
     mine = partial(_of_mine, m, ends)
-    start, base = (mine(values) for values in zip(*places, strict=True))
+    start, base, row = (mine(values) for values in zip(*places, strict=True))
     start = start + (m.thread // _ACROSS) * (rounds * TOKENS)
     last = mine([nodes for _, nodes in of])
     inside = column < d
@@ -531,4 +535,5 @@ def _add_nodes(
     m.keep(0, total)
     m.barrier()
     total = _added([m.kept(0, 4, thread=m.thread % simt.WARP + i * simt.WARP) for i in range(simt.WARPS)])
-    m.store(out, m.wide(to) * d + column, total, inside & (m.thread < _ACROSS))
+    out = mine(outs) if len(outs) > 1 else outs[0]
+    m.store(out, m.wide(row) * d + column, total, inside & (m.thread < _ACROSS))

@@ -94,13 +94,10 @@ def _backward(
         )
     q, k, q_scale, k_scale, cos, sin = saved
     plans = [schedule(tree, 1 if axis_name is None else axis_size(axis_name)) for tree in trees if tree is not None]
-    # Scales in f32, whose gradients are this rank's and not rounded.
-    wide = [
-        vary_like(scale.astype(jnp.float32), x, dy)
-        for scale, x, dy in zip((q_scale, k_scale), (q, k), given, strict=True)
-    ]
+    # Whose gradients are this rank's.
+    scales = [vary_like(scale, x, dy) for scale, x, dy in zip((q_scale, k_scale), (q, k), given, strict=True)]
     (dq, dk), parts = norm_rope_gradients_by_leaf(
-        (q, k), wide, given, cos, sin, eps=eps, leaves=[plan.slots for plan in plans]
+        (q, k), scales, given, cos, sin, eps=eps, leaves=[plan.slots for plan in plans]
     )
     dq_scale, dk_scale = (
         cast(_total(axis_name, tree, of_leaves), scale.dtype)
