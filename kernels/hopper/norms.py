@@ -28,7 +28,7 @@ ROTATED = (64, 128, 256)
 LARGEST = 16384
 #: Up to so many rows arrays share a launch, which costs registers; more rows fill the device by themselves.
 _FEW = 16384
-#: Blocks of 16 rows in turn, up to which the device is so empty that every row has a thread, and tokens are added behind.
+#: Blocks of threads with 16 rows in turn, up to which every row has threads of its own and tokens are added behind instead.
 _ALONE = 32
 #: Shared memory of a thread, in 16 bytes: what leaves room for four blocks a multiprocessor, and what there is.
 _AHEAD, _MOST_SLOTS = 24, 96
