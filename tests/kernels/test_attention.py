@@ -415,6 +415,9 @@ class TestHopper(Attention):
             PrefillTiles(order="tiles"),
             PrefillTiles(blocks=7),
             PrefillTiles(merge="peeled"),
+            PrefillTiles(order="balanced", handover="early"),
+            PrefillTiles(bounds="kernel"),
+            PrefillTiles(handover="early", bounds="kernel", merge="peeled", stages=1),
             PrefillTiles(registers=(232, 40)),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want, str(tiles))
@@ -459,6 +462,13 @@ def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, 
         assert work.max() < 1.03 * work.mean()
 
 
+def test_the_balanced_order_is_heads_where_tiles_would_leave_blocks_idle():
+    orders = [
+        prefill._order("balanced", pairs, rows, 4, 132) for pairs, rows in ((16, 256), (64, 64), (16, 32), (32, 32))
+    ]
+    assert orders == ["heads", "tiles", "tiles", "heads"]
+
+
 # Interpreted ---------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +483,8 @@ def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, 
         (200, 0, PrefillTiles()),
         (70, 64, PrefillTiles(order="tiles")),
         (200, 256, PrefillTiles(merge="peeled", stages=1)),
+        (200, 0, PrefillTiles(order="balanced", handover="early")),
+        (300, 64, PrefillTiles(handover="early", bounds="kernel")),
     ],
 )
 def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles):
@@ -489,7 +501,12 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles)
     def store_rows(gmem, values, rows):
         gmem[...] = jnp.stack([x[:rows] for x in values])
 
+    def bounds_of(positions):
+        here = positions[...].reshape(2, -1)
+        return here.max(), here[jax.lax.axis_index("wg") % 2].min()
+
     monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(prefill, "_bounds_of", bounds_of)
     monkeypatch.setattr(formula, "fma", lambda a, b, c, layout: a * b + c)
     monkeypatch.setattr(formula, "add_values", add_values)
     monkeypatch.setattr(decode, "_store", store)
