@@ -430,6 +430,7 @@ class TestHopper(Attention):
             DecodeTiles(blocks=5),
             DecodeTiles(blocks=5, whole=True),
             DecodeTiles(whole=False),
+            DecodeTiles(unroll=32, ahead=1),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want[:, -1:], str(tiles))
 
@@ -477,7 +478,7 @@ def test_the_balanced_order_is_heads_where_tiles_would_leave_blocks_idle():
 @pytest.mark.parametrize(
     "queries, page, tiles",
     [
-        (1, 0, DecodeTiles(chunk=2, unroll=2)),
+        (1, 0, DecodeTiles(chunk=2, unroll=2, ahead=1)),
         (1, 16, DecodeTiles(slots=3)),
         (3, 64, DecodeTiles(whole=True)),
         (200, 0, PrefillTiles()),
