@@ -323,6 +323,9 @@ _STAGES = {
     "rms-norm-gradients": _WIDTHS,
     "rope": (64, 128),
     "norm-rope": (64, 128, 256),
+    "norm-rope-gradients": (64, 128, 256),
+    "norm-rope-gradients-by-leaf": (128,),
+    "few-norm-gradients": (128, 4096),
     "add": (4096,),
     "swiglu": (12288,),
     "swiglu-gradients": (12288,),
@@ -339,20 +342,31 @@ def _stage(name: str, width: int) -> Case:
     def norm_rope(q: jax.Array, k: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
         return norms.rms_norm_rope((q, k), (scale, scale), cos, sin, 1e-6)
 
+    def norm_rope_gradients(leaves: tuple[int, int] | None, *arrays: jax.Array) -> Any:
+        q, k, dq, dk, scale, cos, sin = arrays
+        return norms.rms_norm_rope_gradients((q, k), (scale, scale), (dq, dk), cos, sin, 1e-6, leaves)
+
+    def few_gradients(x: jax.Array, dy: jax.Array, scale: jax.Array) -> Any:
+        return norms.rms_norm_gradients(x[:64], scale, dy[:64], 1e-6)
+
     rows: Shape = ((8192, width), "bfloat16")
     scale: Shape = ((width,), "bfloat16")
     heads, kv_heads = ((8192, 32, width), "bfloat16"), ((8192, 8, width), "bfloat16")
     angles = (8192, width // 2), "float32"
+    backward = (heads, kv_heads, heads, kv_heads, scale, angles, angles)
     stages: dict[str, Case] = {
         "rms-norm": (lambda x, scale: norms.rms_norm(x, scale, 1e-6)[1], (rows, scale)),
         "add-rms-norm": (lambda x, y, scale: norms.rms_norm(x, scale, 1e-6, y), (rows, rows, scale)),
         "rms-norm-gradients": (rms_norm_gradients, (rows, rows, rows, scale)),
+        "few-norm-gradients": (few_gradients, (rows, rows, scale)),
         "rope": (maps.rope, (heads, angles, angles)),
         "norm-rope": (norm_rope, (heads, kv_heads, scale, angles, angles)),
+        "norm-rope-gradients": (functools.partial(norm_rope_gradients, None), backward),
+        "norm-rope-gradients-by-leaf": (functools.partial(norm_rope_gradients, (8, 8)), backward),
         "add": (maps.add, (rows, rows)),
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),
-        "log-sum-exp": (sums.leaf_sums, (((1024, 8, width), "float32"), ((1024,), "float32"))),
+        "log-sum-exp": (sums.leaf_exp_sums, (((1024, 8, width), "float32"),)),
     }
     return stages[name]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tbik_jax.kernels import backend
 from tbik_jax.kernels.rms_norm import rms_norm
@@ -70,8 +72,7 @@ def _forward(
 
 def _backward(eps: float, saved: _Saved, given: tuple[Array, Array]) -> _Saved:
     q, k, q_scale, k_scale, cos, sin = saved
-    dq, dq_scale = norm_rope_gradients(q, q_scale, given[0], cos, sin, eps=eps)
-    dk, dk_scale = norm_rope_gradients(k, k_scale, given[1], cos, sin, eps=eps)
+    (dq, dk), (dq_scale, dk_scale) = _gradients(eps, None, (q, k), (q_scale, k_scale), given, cos, sin)
     return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
@@ -85,14 +86,64 @@ def norm_rope_gradients(
 
     Guarantee: the bits of the gradients of both stages, one after the other; ``dscale`` has the dtype of ``scale``.
     """
+    (dx,), (dscale,) = _gradients(eps, None, (x,), (scale,), (dy,), cos, sin)
+    return dx, dscale
+
+
+def norm_rope_gradients_by_leaf(
+    xs: Sequence[Array],
+    scales: Sequence[Array],
+    dys: Sequence[Array],
+    cos: Array,
+    sin: Array,
+    *,
+    eps: float,
+    leaves: Sequence[int],
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """:func:`norm_rope_gradients` of several arrays, each in leaves: so many equal groups of consecutive heads.
+
+    Returns:
+        ``dx`` of every array, and f32 ``dscale [leaves, D]`` of every scale, not rounded to its dtype.
+
+    Guarantee: the bits of a leaf are those of :func:`norm_rope_gradients` of its heads alone, with the scale in f32.
+    """
+    return _gradients(eps, tuple(leaves), tuple(xs), tuple(scales), tuple(dys), cos, sin)
+
+
+def _gradients(
+    eps: float,
+    leaves: tuple[int, ...] | None,
+    xs: tuple[Array, ...],
+    scales: tuple[Array, ...],
+    dys: tuple[Array, ...],
+    cos: Array,
+    sin: Array,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     if backend.family() == "sm90":
         from tbik_jax.kernels.hopper import call, norms
 
-        def turned_back(x: Array, scale: Array, dy: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-            return norms.rms_norm_gradients(x, scale, dy, eps, angles=(cos, sin))
+        def turned_back(*arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            *of, cos, sin = arrays
+            xs, scales, dys = (of[i : i + len(of) // 3] for i in range(0, len(of), len(of) // 3))
+            return norms.rms_norm_rope_gradients(xs, scales, dys, cos, sin, eps, leaves)
 
-        if x.shape[-1] in norms.ROTATED:
-            dx, dscale = call("norm_rope", turned_back, x, scale, dy, cos, sin)
-            return dx, dscale
-    dx, dscale = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)[1](rope(dy, cos, -sin))
-    return dx, dscale
+        shapes = {(*x.shape[:-2], x.shape[-1]) for x in xs}
+        if len(shapes) == 1 and xs[0].shape[-1] in norms.ROTATED:
+            dxs, dscales = call("norm_rope", turned_back, *xs, *scales, *dys, cos, sin)
+            return dxs, dscales
+
+    def one(scale: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, dy = both
+        dx, dscale = jax.vjp(lambda x, scale: rms_norm(x, scale, eps=eps), x, scale)[1](rope(dy, cos, -sin))
+        return dx, dscale
+
+    if leaves is None:
+        found = [one(scale, (x, dy)) for x, scale, dy in zip(xs, scales, dys, strict=True)]
+    else:
+        found = []
+        for count, x, scale, dy in zip(leaves, xs, scales, dys, strict=True):
+            grouped = (*x.shape[:-2], count, -1, x.shape[-1])
+            by_leaf = tuple(jnp.moveaxis(of.reshape(grouped), -3, 0) for of in (x, dy))
+            dx, dscale = lax.map(partial(one, scale.astype(jnp.float32)), by_leaf)
+            found.append((jnp.moveaxis(dx, 0, -3).reshape(x.shape), dscale))
+    return tuple(dx for dx, _ in found), tuple(dscale for _, dscale in found)

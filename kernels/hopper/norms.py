@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,15 @@ CHUNK = 8
 TOKENS = 16
 #: Head sizes of which a thread holds both halves of its pairs.
 ROTATED = (64, 128, 256)
-_FAN_IN = 32
 LARGEST = 16384
 #: Up to so many rows arrays share a launch, which costs registers; more rows fill the device by themselves.
 _FEW = 16384
+#: Blocks of threads with 16 rows in turn, up to which every row has threads of its own and tokens are added behind instead.
+_ALONE = 32
+#: Shared memory of a thread, in 16 bytes: what leaves room for four blocks a multiprocessor, and what there is.
+_AHEAD, _MOST_SLOTS = 24, 96
+#: Threads side by side when nodes are added; the others' nodes follow on each other, each thread's up to so often 16.
+_ACROSS, _MOST_ROUNDS = 4, 4
 
 
 def lanes(d: int) -> int:
@@ -75,45 +81,128 @@ def _blocks_of(rows: int, d: int) -> int:
 
 
 def rms_norm_gradients(
-    x: Array,
-    scale: Array,
-    dy: Array,
-    eps: float,
-    beside: Array | None = None,
-    angles: tuple[Array, Array] | None = None,
+    x: Array, scale: Array, dy: Array, eps: float, beside: Array | None = None
 ) -> tuple[Array, Array]:
-    """With respect to ``x`` and ``scale``; ``beside``, what else flows back to ``x``, is added to its gradient.
-
-    With ``angles``, tables as in :func:`rms_norm_rope`, ``dy [..., heads, D]`` is turned back first, and rounded to its dtype.
-    """
+    """With respect to ``x`` and ``scale``; ``beside``, what else flows back to ``x``, is added to its gradient."""
     shape = x.shape
-    heads = x.shape[-2] if angles is not None else 0
     x, rows, d = _rows(x)
-    scaled = _padded(scale)
     if not x.size:
         return x.reshape(shape), jnp.zeros_like(scale)
-    turned = [jnp.broadcast_to(table, (*shape[:-2], d // 2)) for table in angles or ()]
-    given = (x, scaled, _rows(dy)[0], *turned) + (() if beside is None else (_rows(beside)[0],))
-    per_block = _rows_of_block(d) * TOKENS
-    blocks = -(-rows // per_block)
-    nodes = blocks * min(_rows_of_block(d), simt.WARPS)
-    out = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((nodes, x.shape[1]), jnp.float32))
-    program = partial(_backward, rows=rows, d=x.shape[1], mean=1.0 / d, eps=eps, beside=beside is not None, heads=heads)
-    dx, parts = simt.launch(program, blocks, given, out, shared=_exchanged(d, 2))
-    return dx[:, :d].reshape(shape), sum_of_nodes(parts, scale.dtype)[:d]
+    besides = [] if beside is None else [_rows(beside)[0]]
+    (dx,), (dscale,) = _gradients(
+        [x], [_padded(scale)], [_rows(dy)[0]], [], besides, (_Rows(rows),), 1.0 / d, eps, scale.dtype
+    )
+    return dx[:, :d].reshape(shape), dscale[0, :d]
 
 
-def sum_of_nodes(parts: Array, dtype: Any) -> Array:
-    """``[nodes, D]`` f32 -> ``[D]``, added pairwise; no part is -0."""
-    nodes, d = parts.shape
+def rms_norm_rope_gradients(
+    xs: Sequence[Array],
+    scales: Sequence[Array],
+    dys: Sequence[Array],
+    cos: Array,
+    sin: Array,
+    eps: float,
+    leaves: Sequence[int] | None = None,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Of `rms_norm_rope`, with respect to every ``x`` and every scale; ``dy`` turned back is rounded to its dtype.
+
+    With ``leaves``, equal groups of an array's heads, the gradient of its scale is f32 ``[leaves, D]``, each as if alone.
+    """
+    if len(xs) > 1 and any(len({x.dtype for x in arrays}) > 1 for arrays in (xs, dys, scales)):
+        each = [
+            rms_norm_rope_gradients([x], [scale], [dy], cos, sin, eps, leaves and leaves[i : i + 1])
+            for i, (x, scale, dy) in enumerate(zip(xs, scales, dys, strict=True))
+        ]
+        return tuple(dx for (dx,), _ in each), tuple(dscale for _, (dscale,) in each)
+    leading, d = xs[0].shape[:-2], xs[0].shape[-1]
+    tables = [jnp.broadcast_to(table, (*leading, d // 2)) for table in (cos, sin)]
+    groups = leaves or (1,) * len(xs)
+    dtype = jnp.dtype(jnp.float32) if leaves else scales[0].dtype
+    if not tables[0].size:
+        sums = [jnp.zeros((count, d), dtype) for count in groups]
+        return tuple(xs), tuple(sums if leaves else (x[0] for x in sums))
+    of = tuple(
+        _Rows(math.prod(leading) * (x.shape[-2] // count), count, x.shape[-2] // count)
+        for x, count in zip(xs, groups, strict=True)
+    )
+    flat = [[x.reshape(-1, d) for x in arrays] for arrays in (xs, dys)]
+    dxs, dscales = _gradients(flat[0], scales, flat[1], tables, [], of, 1.0 / d, eps, dtype)
+    dxs = [dx.reshape(x.shape) for dx, x in zip(dxs, xs, strict=True)]
+    return tuple(dxs), tuple(dscales if leaves else (x[0] for x in dscales))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Of an array: those of a leaf, how many leaves there are, and how many consecutive rows of one share their angles."""
+
+    rows: int
+    leaves: int = 1
+    heads: int = 1
+
+
+def _gradients(
+    xs: Sequence[Array],
+    scales: Sequence[Array],
+    dys: Sequence[Array],
+    tables: Sequence[Array],
+    besides: Sequence[Array],
+    of: tuple[_Rows, ...],
+    mean: float,
+    eps: float,
+    dtype: Any,
+) -> tuple[list[Array], list[Array]]:
+    """Of arrays ``[rows, D]`` in one launch: the gradients of each, and of its scale ``[leaves, D]``, of that dtype."""
+    d, together = xs[0].shape[1], _rows_of_block(xs[0].shape[1])
+    many = sum(each.leaves * -(-each.rows // (together * TOKENS)) for each in of) > _ALONE
+    chain = TOKENS if many else 1
+    terms = [-(-each.rows // (together * TOKENS)) if many else each.rows for each in of]
+    blocks = sum(each.leaves * -(-each.rows // (together * chain)) for each in of)
+    stage = len(_columns_of(d)) * sum(_slots(array) for array in (xs[0], dys[0], *besides))
+    stages = max(1, min(_AHEAD // stage, 3), 2 * (2 * stage <= _MOST_SLOTS)) if many else 1
+    program = partial(
+        _backward,
+        of=of,
+        d=d,
+        mean=mean,
+        eps=eps,
+        chain=chain,
+        stages=stages,
+        turned=bool(tables),
+        beside=bool(besides),
+    )
+    sums = sum(each.leaves * count for each, count in zip(of, terms, strict=True))
+    out = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs), jax.ShapeDtypeStruct((sums, d), jnp.float32)]
+    slots = max(stages * stage, 2 * len(_columns_of(d)))
+    given = (*xs, *scales, *dys, *tables, *besides)
+    *dxs, parts = simt.launch(program, blocks, given, tuple(out), shared=_exchanged(d, 2), slots=slots)
+    nodes = [(each.leaves, count) for each, count in zip(of, terms, strict=True)]
+    return dxs, _sums(parts, nodes, dtype, in_order=not many)
+
+
+def _slots(x: Array) -> int:
+    return CHUNK * x.dtype.itemsize // 16
+
+
+def _sums(parts: Array, of: Sequence[tuple[int, int]], dtype: Any, in_order: bool) -> list[Array]:
+    """Of ``(leaves, nodes of a leaf)``, array by array, the sums of leaves: f32 ``[all nodes, D]`` -> an ``[leaves, D]`` each.
+
+    Pairwise; ``in_order``, 16 by 16 from +0 before that. No part of a pair is -0, so missing ones may count as +0.
+    """
+    d = parts.shape[1]
     while True:
-        left = -(-nodes // _FAN_IN)
-        out = jax.ShapeDtypeStruct((left, d), jnp.float32 if left > 1 else dtype)
-        blocks = left * -(-d // (4 * simt.THREADS))
-        parts = simt.launch(partial(_add_nodes, nodes=nodes, d=d), blocks, (parts,), out)
-        if left == 1:
-            return parts[0]
-        nodes = left
+        once = TOKENS * (simt.THREADS // _ACROSS)
+        rounds = min(_MOST_ROUNDS, 1 << (-(-max(nodes for _, nodes in of) // once) - 1).bit_length())
+        left = [(leaves, -(-nodes // (once * rounds))) for leaves, nodes in of]
+        rows = sum(leaves * nodes for leaves, nodes in left)
+        last = all(nodes == 1 for _, nodes in left)
+        out = tuple(jax.ShapeDtypeStruct((leaves, d), dtype) for leaves, _ in left)
+        if not last:
+            out = (jax.ShapeDtypeStruct((rows, d), jnp.float32),)
+        program = partial(_add_nodes, of=tuple(of), d=d, rounds=rounds, in_order=in_order)
+        sums = simt.launch(program, rows * -(-d // (4 * _ACROSS)), (parts,), out, slots=1)
+        if last:
+            return list(sums)
+        (parts,), of, in_order = sums, left, False
 
 
 def _rows(x: Array) -> tuple[Array, int, int]:
@@ -137,10 +226,15 @@ def _exchanged(d: int, sums: int) -> int:
     return sums if lanes(d) > simt.WARP else 0
 
 
+def _columns_of(d: int) -> range:
+    """Numbers of a thread's chunks in a row."""
+    return range(-(-d // (CHUNK * lanes(d))))
+
+
 def _columns(m: Any, d: int) -> list[tuple[Any, Any]]:
     """Where a thread's chunks start in a row, and whether they are in it."""
     count = lanes(d)
-    places = [((m.thread % count) + i * count) * CHUNK for i in range(-(-d // (CHUNK * count)))]
+    places = [((m.thread % count) + i * count) * CHUNK for i in _columns_of(d)]
     return [(at, True if (i + 1) * count * CHUNK <= d else at < d) for i, at in enumerate(places)]
 
 
@@ -238,93 +332,208 @@ def _forward_rotated(m: Any, *refs: Any, tokens: int, heads: tuple[int, ...], d:
             m.store(y, base + at + d // 2, [b for _, b in turned], inside)
 
 
-def _backward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, beside: bool, heads: int = 0) -> None:
+def _of_mine(m: Any, ends: Sequence[int], values: Sequence[Any]) -> Any:
+    """The value of the array that this block belongs to, whose blocks end there."""
+    found = values[-1]
+    for end, value in zip(ends[-2::-1], values[-2::-1], strict=True):
+        found = m.pick(m.block < end, value, found)
+    return found
+
+
+def _backward(
+    m: Any,
+    *refs: Any,
+    of: tuple[_Rows, ...],
+    d: int,
+    mean: float,
+    eps: float,
+    chain: int,
+    stages: int,
+    turned: bool,
+    beside: bool,
+) -> None:
     """Every ``lanes`` threads take 16 rows one after another, and keep their part of the scale's gradient meanwhile.
 
-    Rows that were turned are ``heads`` to a token, whose angles they share.
+    The rows after this one are on their way to shared memory. Or they take one row (``chain``), and its part is all there is.
     """
-    x, scale, dy = refs[:3]
-    dx, parts = refs[-2:]
+    rest, arrays = list(refs), len(of)
+    xs, scales, dys, tables, besides, dxs, (parts,) = (
+        [rest.pop(0) for _ in range(count)]
+        for count in (arrays, arrays, arrays, 2 * turned, arrays * beside, arrays, 1)
+    )
     count = lanes(d)
-    columns = _columns(m, d)
-    group = m.block * (simt.THREADS // count) + m.thread // count
-
+    together = simt.THREADS // count
+    columns, numbers = _columns(m, d), _columns_of(d)
     # Chunks that are loaded together: one, or both halves of the pairs that are turned.
     half = len(columns) // 2
-    groups = [(c, c + half) for c in range(half)] if heads else [(c,) for c in range(len(columns))]
+    groups = [(c, c + half) for c in range(half)] if turned else [(c,) for c in numbers]
+
+    ends, places, first, first_part = [], [], 0, 0
+    for each in of:
+        blocks = -(-each.rows // (together * chain))
+        here = m.block - first
+        leaf = here // blocks
+        here = here - leaf * blocks
+        part = leaf * (blocks if chain > 1 else each.rows) + first_part
+        places.append((here, leaf * each.heads, part))
+        first += each.leaves * blocks
+        first_part += each.leaves * (blocks if chain > 1 else each.rows)
+        ends.append(first)
+    mine = partial(_of_mine, m, ends)
+    of_leaf, head, part = (mine(values) for values in zip(*places, strict=True))
+    x, scale, dy, dx = (mine(values) for values in (xs, scales, dys, dxs))
+    also = [mine(besides)] if beside else []
+    rows = mine([each.rows for each in of])
+    others = mine([each.heads * (each.leaves - 1) for each in of])  # heads of the other leaves
+    start = (of_leaf * together + m.thread // count) * chain
+
+    def place(i: Any) -> tuple[Any, Any, Any]:
+        """Of a row in memory, of its token, and whether it is one."""
+        number = start + i
+        token = mine([number // each.heads for each in of])
+        return number + head + token * others, token, number < rows
+
+    fetched, slot, units = [], [], 0
+    for ref in (x, dy, *also):
+        size = CHUNK * m.itemsize(ref) // 16
+        fetched.append(ref)
+        slot.append([units + c * size for c in numbers])
+        units += size * len(columns)
+
+    def fetch(i: Any, ahead: int) -> None:
+        row, _, inside = place(i + ahead)
+        stage = ((i + ahead) % stages) * units
+        if ahead:
+            inside = inside & (i + ahead < chain)
+        for ref, slots in zip(fetched, slot, strict=True):
+            for (at, where), number in zip(columns, slots, strict=True):
+                m.fetch(stage + number, ref, m.wide(row) * d + at, CHUNK, inside & where)
+        m.commit()
 
     def one(i: Any, sums: list[Any]) -> list[Any]:
-        row = group * TOKENS + i
-        inside = row < rows
+        fetch(i, stages - 1)
+        m.wait(stages - 1)
+        row, token, inside = place(i)
         base = m.wide(row) * d
+        stage = (i % stages) * units
 
-        def load(ref: Any, number: int, **how: bool) -> list[Any]:
-            at, where = columns[number]
-            return m.load(ref, base + at, CHUNK, inside & where, **how)
-
-        def load_dy(numbers: tuple[int, ...], **how: bool) -> list[list[Any]]:
-            found = [load(dy, c, **how) for c in numbers]
-            if not heads:
-                return found
-            place = m.wide(row // heads) * (d // 2) + columns[numbers[0]][0]
-            angles = [m.load(table, place, CHUNK, inside, **how) for table in refs[3:5]]
-            turned = [rotate(x1, x2, c, -s) for x1, x2, c, s in zip(*found, *angles, strict=True)]
-            return [m.rounded([pair[j] for pair in turned], dy) for j in range(2)]
+        def kept(array: int, number: int) -> list[Any]:
+            return m.kept(stage + slot[array][number], CHUNK, fetched[array])
 
         def load_scale(number: int) -> list[Any]:
             at, where = columns[number]
             return m.load(scale, m.wide(at), CHUNK, where, again=True)
 
-        chunks = range(len(columns))
-        xs: list[Any] = [load(x, c) for c in chunks]
-        dys: dict[int, list[Any]] = {}
-        for numbers in groups:
-            dys.update(zip(numbers, load_dy(numbers), strict=True))
-        squares = _sum_of_chunks(m, [[a * a for a in chunk] for chunk in xs])
-        along = _sum_of_chunks(
-            m, [[(a * b) * c for a, b, c in zip(dys[c], load_scale(c), xs[c], strict=True)] for c in chunks]
-        )
-        squares, along = _sum_of_lanes(m, [squares, along], count, i)
+        along, squares = {}, {}
+        for pair in groups:
+            dys_here = [kept(1, c) for c in pair]
+            if turned:
+                at = m.wide(token) * (d // 2) + columns[pair[0]][0]
+                angles = [m.load(table, at, CHUNK, inside) for table in tables]
+                both = [rotate(x1, x2, c, -s) for x1, x2, c, s in zip(*dys_here, *angles, strict=True)]
+                dys_here = [m.rounded([values[j] for values in both], dy) for j in range(2)]
+                for c, values in zip(pair, dys_here, strict=True):
+                    m.keep(stage + slot[1][c], values, dy)
+            for c, values in zip(pair, dys_here, strict=True):
+                xs_here = kept(0, c)
+                squares[c] = pairwise([a * a for a in xs_here])
+                along[c] = pairwise([(a * b) * x for a, b, x in zip(values, load_scale(c), xs_here, strict=True)])
+        totals = [m.zero(), m.zero()]
+        for c in numbers:
+            totals = [total + values[c] for total, values in zip(totals, (squares, along), strict=True)]
+        square, share = _sum_of_lanes(m, totals, count, i)
         # Rows behind the last have no share in the scale's gradient, not even that of a row of zeros and eps = 0.
-        inverse = m.select(inside, _inverse(m, squares, mean, eps), 0.0)
-        along = (along * inverse) * mean
+        inverse = m.select(inside, _inverse(m, square, mean, eps), 0.0)
+        share = (share * inverse) * mean
         after = list(sums)
-        for numbers in groups:
+        for c in numbers:
             # Read again: what waits in registers would leave room for fewer blocks.
-            for c, dys_here in zip(numbers, load_dy(numbers, again=True), strict=True):
-                normal = [a * inverse for a in load(x, c, again=True)]
-                mine = slice(c * CHUNK, (c + 1) * CHUNK)
-                after[mine] = [a + b * n for a, b, n in zip(sums[mine], dys_here, normal, strict=True)]
-                gradient = [
-                    (b * s - n * along) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)
-                ]
-                if beside:
-                    gradient = [a + b for a, b in zip(load(refs[-3], c), m.rounded(gradient, dx), strict=True)]
-                at, where = columns[c]
-                m.store(dx, base + at, gradient, inside & where)
+            dys_here = kept(1, c)
+            normal = [a * inverse for a in kept(0, c)]
+            places = slice(c * CHUNK, (c + 1) * CHUNK)
+            after[places] = [a + b * n for a, b, n in zip(sums[places], dys_here, normal, strict=True)]
+            gradient = [(b * s - n * share) * inverse for b, s, n in zip(dys_here, load_scale(c), normal, strict=True)]
+            if beside:
+                gradient = [a + b for a, b in zip(kept(2, c), m.rounded(gradient, dx), strict=True)]
+            at, where = columns[c]
+            m.store(dx, base + at, gradient, inside & where)
         return after
 
-    sums = m.loop(TOKENS, [m.zero()] * (CHUNK * len(columns)), one)
+    for i in range(stages - 1):
+        fetch(0, i)
+    zeros = [m.zero()] * (CHUNK * len(columns))
+    if chain == 1:
+        sums = one(0, zeros)
+        for c, (at, where) in enumerate(columns):
+            m.store(parts, m.wide(part + start) * d + at, sums[c * CHUNK : (c + 1) * CHUNK], (start < rows) & where)
+        return
+    sums = m.loop(chain, zeros, one)
+    m.wait(0)
     distance = count
     while distance < simt.WARP:
         sums = [a + m.of_lane(a, distance) for a in sums]
         distance *= 2
-    per_node = max(count, simt.WARP)
-    node = m.block * (simt.THREADS // per_node) + m.thread // per_node
-    first = (m.thread % per_node) < count
-    for number, (at, where) in enumerate(columns):
-        m.store(parts, m.wide(node) * d + at, sums[number * CHUNK : (number + 1) * CHUNK], first & where)
+    span = max(count, simt.WARP)
+    if span < simt.THREADS:
+        m.keep(0, sums)
+        m.barrier()
+        places = [m.thread % span + i * span for i in range(simt.THREADS // span)]
+    for c, (at, where) in enumerate(columns):
+        total = sums[c * CHUNK : (c + 1) * CHUNK]
+        if span < simt.THREADS:
+            total = _added([m.kept(2 * c, CHUNK, thread=thread) for thread in places])
+        m.store(parts, m.wide(part + of_leaf) * d + at, total, (m.thread < count) & where)
 
 
-def _add_nodes(m: Any, parts: Any, out: Any, *, nodes: int, d: int) -> None:
-    """A thread adds up to 32 nodes of four columns."""
-    across = -(-d // (4 * simt.THREADS))
-    column = ((m.block % across) * simt.THREADS + m.thread) * 4
+def _added(values: Sequence[Sequence[Any]]) -> Any:
+    return pairwise(values, lambda a, b: [x + y for x, y in zip(a, b, strict=True)])
+
+
+def _add_nodes(
+    m: Any, parts: Any, *outs: Any, of: tuple[tuple[int, int], ...], d: int, rounds: int, in_order: bool
+) -> None:
+    """A thread adds ``rounds`` times 16 nodes of four columns; four threads lie side by side.
+
+    The last time every array has a result of its own.
+    """
+    across = -(-d // (4 * _ACROSS))
+    column = ((m.block % across) * _ACROSS + m.thread % _ACROSS) * 4
     to = m.block // across
+    fan_in = rounds * TOKENS * (simt.THREADS // _ACROSS)
+    ends, places, first, first_part = [], [], 0, 0
+    for leaves, nodes in of:
+        left = -(-nodes // fan_in)
+        here = to - first
+        leaf = here // left
+        places.append(((here - leaf * left) * fan_in, leaf * nodes + first_part, here if len(outs) > 1 else to))
+        first += leaves * left
+        first_part += leaves * nodes
+        ends.append(first * across)
+    mine = partial(_of_mine, m, ends)
+    start, base, row = (mine(values) for values in zip(*places, strict=True))
+    start = start + (m.thread // _ACROSS) * (rounds * TOKENS)
+    last = mine([nodes for _, nodes in of])
     inside = column < d
-    values = []
-    for i in range(min(_FAN_IN, nodes)):
-        node = to * _FAN_IN + i
-        values.append(m.load(parts, m.wide(node) * d + column, 4, inside & (node < nodes)))
-    total = pairwise(values, lambda a, b: [x + y for x, y in zip(a, b, strict=True)])
-    m.store(out, m.wide(to) * d + column, total, inside)
+    totals = []
+    for first in range(0, rounds * TOKENS, TOKENS):
+        values = [
+            m.load(parts, m.wide(base + start + i) * d + column, 4, inside & (start + i < last))
+            for i in range(first, first + min(TOKENS, max(nodes for _, nodes in of)))
+        ]
+        if in_order:
+            total = [m.zero()] * 4
+            for value in values:
+                total = [a + b for a, b in zip(total, value, strict=True)]
+            totals.append(total)
+        else:
+            totals.append(_added(values))
+    total = _added(totals)
+    distance = _ACROSS
+    while distance < simt.WARP:
+        total = [a + m.of_lane(a, distance) for a in total]
+        distance *= 2
+    m.keep(0, total)
+    m.barrier()
+    total = _added([m.kept(0, 4, thread=m.thread % simt.WARP + i * simt.WARP) for i in range(simt.WARPS)])
+    out = mine(outs) if len(outs) > 1 else outs[0]
+    m.store(out, m.wide(row) * d + column, total, inside & (m.thread < _ACROSS))

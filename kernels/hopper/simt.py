@@ -37,20 +37,23 @@ def launch(
     out: Any,
     *,
     shared: int = 0,
+    slots: int = 0,
     in_place: Sequence[Array] = (),
 ) -> Any:
     """Run ``program(machine, *inputs, *in_place, *outputs)`` in every thread of so many blocks of 128.
 
     ``out`` is one or several ``jax.ShapeDtypeStruct``; ``shared`` the words that `Machine.of_warps` exchanges at most at once;
-    ``in_place`` whole arrays of which no copy will do.
+    ``slots`` of 16 bytes of shared memory every thread has for itself; ``in_place`` whole arrays of which no copy will do.
     """
+    scratch = [2 * shared * WARPS] * bool(shared) + [4 * slots * THREADS] * bool(slots)
 
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT(())))
         def run(ctx: Any, *arguments: Any) -> None:
             *arrays, block = arguments
+            own = arrays.pop() if slots else None
             exchange = arrays.pop() if shared else None
-            program(Machine(block.registers.item(), exchange), *arrays)
+            program(Machine(block.registers.item(), exchange, own), *arrays)
 
         run(*refs, lax.axis_index("grid"))
 
@@ -60,7 +63,7 @@ def launch(
         out_type=out,
         grid=(blocks,),
         grid_names=("grid",),
-        scratch_types=[plgpu.SMEM((2 * shared * WARPS,), jnp.float32)] if shared else [],
+        scratch_types=[plgpu.SMEM((words,), jnp.float32) for words in scratch],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*unsliced(*inputs), *in_place)
 
@@ -192,9 +195,13 @@ class Arithmetic:
         """``a * b + c``, rounded once."""
         return _ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
+    def maximum(self, a: Float, b: Float | float) -> Float:
+        """NaN where either is; +0 of two zeros."""
+        return _ptx("max.NaN.f32 $0, $1, $2;", a, b)
+
     def clip(self, x: Float, low: float, high: float) -> Float:
         """NaN stays."""
-        return _ptx("min.NaN.f32 $0, $1, $2;", _ptx("max.NaN.f32 $0, $1, $2;", x, low), high)
+        return _ptx("min.NaN.f32 $0, $1, $2;", self.maximum(x, low), high)
 
     def exp2(self, x: Float) -> Float:
         """The instruction; within 2**-22, and 0 below 2**-126."""
@@ -219,10 +226,22 @@ class Arithmetic:
 class Machine(Arithmetic):
     """A thread of a block: arithmetic, memory, neighbours."""
 
-    def __init__(self, block: Any, exchange: Any) -> None:
+    def __init__(self, block: Any, exchange: Any, own: Any = None) -> None:
         self.block = Int(block)
         self.thread = Int(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(THREADS, _i32())))
         self._exchange = exchange
+        self._own: Any = None if own is None else Int(llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(own)))
+
+    def pick(self, condition: Int, a: Any, b: Any) -> Any:
+        """One of two numbers, or of two arrays of one dtype."""
+        if isinstance(a, Int | int) and isinstance(b, Int | int):
+            if isinstance(a, Int):
+                return Int(arith.select(condition.value, *a._both(b)))
+            if isinstance(b, Int):
+                return Int(arith.select(condition.value, *reversed(b._both(a))))
+            return a if a == b else self.pick(condition, Int(mgpu.utils.c(a, _i32())), b)
+        assert _dtype(a) == _dtype(b)
+        return Pointer(self.pick(condition, *(_pointer(x).address for x in (a, b))), _dtype(a))
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
@@ -270,6 +289,66 @@ class Machine(Arithmetic):
             for value in _unpack(_pack(values[offset : offset + size], dtype), dtype)
         ]
 
+    def itemsize(self, ref: Any) -> int:
+        """Bytes of an element."""
+        return _dtype(ref).itemsize
+
+    # Slots: 16 bytes of shared memory each, of this thread alone until a barrier ----------------------------------------
+
+    def fetch(self, slot: Int | int, ref: Any, index: Int, count: int, where: Int | bool = True) -> None:
+        """Copy ``ref.flat[index : index + count]`` to as many slots as it fills, while the program goes on, until `wait`.
+
+        Zeros where ``where`` is false.
+        """
+        size = 16 // _dtype(ref).itemsize
+        assert count % size == 0
+        for piece in range(count // size):
+            operands = [self._slot(slot + piece, self.thread).value, _address(ref, index + piece * size)]
+            text = "cp.async.cg.shared.global [$0], [$1], 16"
+            if isinstance(where, bool):
+                assert where
+            else:
+                text += ", $2"
+                operands.append(arith.select(where.value, *(mgpu.utils.c(x, _i32()) for x in (16, 0))))
+            mgpu.utils.inline_ptx(text + ";", *operands, has_side_effects=True)
+
+    def commit(self) -> None:
+        """What was fetched since the last time belongs together."""
+        mgpu.utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
+
+    def wait(self, pending: int) -> None:
+        """Until no more than so many of this thread's last groups are on their way."""
+        mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", has_side_effects=True)
+
+    def keep(self, slot: Int | int, values: Sequence[Float], ref: Any = None) -> None:
+        """Round to the dtype of ``ref``, f32 without it, and put in as many slots as that fills."""
+        dtype = jnp.dtype(jnp.float32) if ref is None else _dtype(ref)
+        size = 16 // dtype.itemsize
+        for piece in range(len(values) // size):
+            words = _pack(values[piece * size : (piece + 1) * size], dtype)
+            address = self._slot(slot + piece, self.thread).value
+            mgpu.utils.inline_ptx(f"st.shared.v4.b32 [$4], {_braced(4)};", *words, address, has_side_effects=True)
+
+    def kept(self, slot: Int | int, count: int, ref: Any = None, thread: Int | None = None) -> list[Float]:
+        """What is in slots of this thread, or behind a `barrier` of another: values of the dtype of ``ref``, f32 without it."""
+        dtype = jnp.dtype(jnp.float32) if ref is None else _dtype(ref)
+        size, values = 16 // dtype.itemsize, []
+        for piece in range(count // size):
+            address = self._slot(slot + piece, self.thread if thread is None else thread).value
+            words = mgpu.utils.inline_ptx(
+                f"ld.shared.v4.b32 {_braced(4)}, [$4];", address, result_types=[_i32()] * 4, has_side_effects=True
+            )
+            values += _unpack(list(words), dtype)
+        return values
+
+    def _slot(self, slot: Int | int, thread: Int) -> Int:
+        place = thread * 16 + self._own
+        return place + (slot * (16 * THREADS))
+
+    def barrier(self) -> None:
+        """Of the block."""
+        mgpu.utils.warpgroup_barrier()
+
     # Neighbours ------------------------------------------------------------------------------------------------------
 
     def of_lane(self, x: Float, distance: int) -> Float:
@@ -315,6 +394,13 @@ class Pointer:
 
     def __init__(self, address: Int, dtype: Any) -> None:
         self.address, self.dtype = address, jnp.dtype(dtype)
+
+
+def _pointer(ref: Any) -> Pointer:
+    if isinstance(ref, Pointer):
+        return ref
+    i64 = ir.IntegerType.get_signless(64)
+    return Pointer(Int(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))), _dtype(ref))
 
 
 def _dtype(ref: Any) -> Any:

@@ -1,11 +1,12 @@
 """What the stages of family ``sm90`` compute, in NumPy, which rounds after every operation.
 
 Sums of exponentials and SwiGLU have the orders and formulas of this package too, but their exp2 and reciprocal are the
-hardware's instructions (`formulas`).
+hardware's instructions (`formulas`): `exp_sum` is told its exponential.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,23 @@ def row_sum(x: Array, lanes: int, chunk: int) -> Array:
     for i in range(chunks.shape[-2]):
         total = total + chunks[..., i, :]
     return pairwise(total)
+
+
+def exp_sum(x: Array, exp: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """``[..., D]``: the maximum m, and the sum of ``exp(x - m)`` as 128 lanes add it, each in groups of 4 chunks of 4."""
+    short = -x.shape[-1] % (4 * 128 * 4)
+    x = np.concatenate([x, np.full((*x.shape[:-1], short), -np.inf, f32)], axis=-1)
+    x = x.reshape(*x.shape[:-1], -1, 4, 128, 4)
+    top, total = np.full((*x.shape[:-4], 128), np.finfo(f32).min), np.zeros((*x.shape[:-4], 128), f32)
+    for i in range(x.shape[-4]):
+        group = x[..., i, :, :, :]
+        before, top = top, np.maximum(top, group.max((-3, -1)))
+        total = total * exp(before - top)
+        chunks = pairwise(exp(group - top[..., None, :, None]))
+        for j in range(4):
+            total = total + chunks[..., j, :]
+    largest = top.max(-1)
+    return largest, pairwise(total * exp(top - largest[..., None]))
 
 
 def lanes(d: int) -> int:

@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tbik_jax._axes import axis_size, vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
 from tbik_jax.kernels.exact import cast
-from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients
+from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients_by_leaf
 from tbik_jax.tree import Tree, schedule
 
 Array = jax.Array
@@ -94,9 +93,15 @@ def _backward(
             "their scale has no gradient yet. Use a mesh that divides the KV heads"
         )
     q, k, q_scale, k_scale, cos, sin = saved
-    (dq, dq_scale), (dk, dk_scale) = (
-        _gradients(axis_name, eps, tree, x, scale, dy, cos, sin)
-        for tree, x, scale, dy in zip(trees, (q, k), (q_scale, k_scale), given, strict=True)
+    plans = [schedule(tree, 1 if axis_name is None else axis_size(axis_name)) for tree in trees if tree is not None]
+    # Whose gradients are this rank's.
+    scales = [vary_like(scale, x, dy) for scale, x, dy in zip((q_scale, k_scale), (q, k), given, strict=True)]
+    (dq, dk), parts = norm_rope_gradients_by_leaf(
+        (q, k), scales, given, cos, sin, eps=eps, leaves=[plan.slots for plan in plans]
+    )
+    dq_scale, dk_scale = (
+        cast(_total(axis_name, tree, of_leaves), scale.dtype)
+        for tree, of_leaves, scale in zip(trees, parts, (q_scale, k_scale), strict=True)
     )
     return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
@@ -104,22 +109,8 @@ def _backward(
 _norm_rope.defvjp(_forward, _backward)
 
 
-def _gradients(
-    axis_name: str | None, eps: float, tree: Any, x: Array, scale: Array, dy: Array, cos: Array, sin: Array
-) -> tuple[Array, Array]:
-    plan = schedule(tree, 1 if axis_name is None else axis_size(axis_name))
-    wide = vary_like(scale.astype(jnp.float32), x, dy)  # whose gradient is this rank's, and not rounded
-
-    def by_leaf(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], plan.slots, -1, x.shape[-1]), -3, 0)
-
-    def of_leaf(both: tuple[Array, Array]) -> tuple[Array, Array]:
-        return norm_rope_gradients(both[0], wide, both[1], cos, sin, eps=eps)
-
-    dx, parts = lax.map(of_leaf, (by_leaf(x), by_leaf(dy)))
-    dx = jnp.moveaxis(dx, 0, -3).reshape(x.shape)
+def _total(axis_name: str | None, tree: Any, parts: Array) -> Array:
+    """Of the tree over all leaves, of which this rank has these slots."""
     if axis_name is None:
-        total = tree.reduce(list(parts), jnp.add)
-    else:
-        total = tree_psum(parts, axis_name, tree=tree)
-    return dx, cast(total, scale.dtype)
+        return tree.reduce(list(parts), jnp.add)
+    return tree_psum(parts, axis_name, tree=tree)

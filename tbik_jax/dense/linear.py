@@ -16,7 +16,7 @@ from tbik_jax._axes import all_gather, axis_size, vary, vary_like
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import Algorithm, to_finish, to_send, tree_psum, tree_psum_scatter
 from tbik_jax.contract import Contract
-from tbik_jax.kernels import matmul
+from tbik_jax.kernels import backend, matmul
 from tbik_jax.kernels.exact import cast, rounded, tree_sum
 from tbik_jax.kernels.matmul import PackedWeight
 from tbik_jax.kernels.swiglu import swiglu
@@ -460,8 +460,16 @@ def _unknown_leaves(where: str, slots: int) -> ValueError:
     return ValueError(f"{where}: {slots} slots per rank do not say how many leaves all ranks hold; pass leaves=")
 
 
-# Cotangents arrive in f32 but come from a value of the result's dtype: taking them back to it is exact, and products of
-# 16-bit operands are fast. Products already rounded to that dtype have such cotangents anyway.
+def _cotangent(dy: Array, result: Dtype, x: Array, w: Array) -> Array:
+    """``dy`` as its products take it.
+
+    It arrives in f32 but comes from a value of the result's dtype: taking it back is exact, and products of 16-bit operands
+    are fast. Logits are f32 all the same; there it is rounded on Hopper GPUs, as by the cast that ordinary models have behind
+    such products, where a product of f32 would take eight times as long.
+    """
+    if result == jnp.float32 and backend.family() == "sm90":
+        return cast(dy, jnp.result_type(x, w))
+    return dy.astype(result)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -491,7 +499,7 @@ def _column_bwd(
     slots, n, k = w.shape
     if tree is None:
         raise _unknown_leaves("dense.column_parallel, input gradient", slots)
-    dy = dy.astype(result)
+    dy = _cotangent(dy, result, x, w)
     plan, nodes = _local_nodes(tree, axis_name)
     of_product = x.dtype if plan.ranks == 1 else jnp.dtype(jnp.float32)
     parts = matmul.node_products(dy.reshape(-1, slots, n), w, nodes, layout="lkn", dtype=of_product)
@@ -565,7 +573,7 @@ def _node_products_bwd(
 ) -> tuple[Array, Array]:
     x, w = saved  # [M, slots, k], a weight in that layout; dy [nodes, M, N]
     leaf, dx, dw = layout.index("l"), [], []
-    for node, of_node in zip(nodes, dy.astype(result), strict=True):
+    for node, of_node in zip(nodes, _cotangent(dy, result, x, w), strict=True):
         of_w = lax.slice_in_dim(w, node.start, node.stop, axis=leaf)
         dx.append(matmul.input_gradient(of_node, of_w, layout=layout))
         dw.append(matmul.weight_gradient(of_node, x[:, node.start : node.stop], layout=layout))

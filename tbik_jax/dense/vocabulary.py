@@ -7,7 +7,7 @@ Entries behind the vocabulary's end and slots behind a rank's range hold no toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,8 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
     """``log(sum(exp(logits)))`` over the whole vocabulary, f32 ``[...]``, the same on every rank.
 
     The maximum is exact in any order; exponentials are summed by a fixed tree inside a leaf and the canonical tree over
-    leaves.
+    leaves. On Hopper logits are read once: the sum of a leaf is relative to its own maximum, and brought to that of all
+    leaves after.
 
     Guarantee: as :func:`log_softmax`. The gradient is ``softmax * dy``, elementwise.
     """
@@ -201,10 +202,16 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_sum_exp(vocabulary: Vocabulary, logits: Array) -> Array:
     logits = mask_logits(logits.astype(jnp.float32), vocabulary)
-    top = jnp.max(logits, axis=-1)
-    if vocabulary.axis_name is not None:
-        top = lax.pmax(vary(top, vocabulary.axis_name), vocabulary.axis_name)
-    leaves = _leaf_sums(logits, vocabulary, top)
+    by_leaf = _by_leaf(logits, vocabulary)
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, sums
+
+        tops, sums_of_leaves = (jnp.moveaxis(y, -1, 0) for y in call("log_sum_exp", sums.leaf_exp_sums, by_leaf))
+        top = _largest(reduce(jnp.maximum, list(tops)), vocabulary)  # one by one, so that XLA needs no kernel for it
+        leaves = product(sums_of_leaves, exp(tops - top))
+    else:
+        top = _largest(jnp.max(logits, axis=-1), vocabulary)
+        leaves = jnp.moveaxis(tree_sum(exp(by_leaf - top[..., None, None])), -1, 0)
     if vocabulary.axis_name is None:
         total = vocabulary.tree.reduce(list(leaves), jnp.add)
     else:
@@ -226,15 +233,24 @@ def _log_sum_exp_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Arr
 _log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
 
 
-def _leaf_sums(x: Array, vocabulary: Vocabulary, top: Array | None = None) -> Array:
-    """``[slots, ...]``: the sum of ``x``, or of ``exp(x - top)``, over every local leaf, in the family's order."""
-    by_leaf = x.reshape(*x.shape[:-1], vocabulary.plan.slots, vocabulary.width)
+def _by_leaf(x: Array, vocabulary: Vocabulary) -> Array:
+    return x.reshape(*x.shape[:-1], vocabulary.plan.slots, vocabulary.width)
+
+
+def _largest(x: Array, vocabulary: Vocabulary) -> Array:
+    """Of all ranks."""
+    return x if vocabulary.axis_name is None else lax.pmax(vary(x, vocabulary.axis_name), vocabulary.axis_name)
+
+
+def _leaf_sums(x: Array, vocabulary: Vocabulary) -> Array:
+    """``[slots, ...]``: the sum of ``x`` over every local leaf, in the family's order."""
+    by_leaf = _by_leaf(x, vocabulary)
     if backend.family() == "sm90":
         from tbik_jax.kernels.hopper import call, sums
 
-        total = call("leaf_sums", sums.leaf_sums, by_leaf, *(() if top is None else (top,)))
+        total = call("leaf_sums", sums.leaf_sums, by_leaf)
     else:
-        total = tree_sum(by_leaf if top is None else exp(by_leaf - top[..., None, None]))
+        total = tree_sum(by_leaf)
     return jnp.moveaxis(total, -1, 0)
 
 

@@ -16,6 +16,7 @@ from tbik_jax.dense import head_parallel_norm_rope, norm_rope
 from tbik_jax.kernels.norm_rope import norm_rope_gradients
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import schedule
+from tests.kernels import families
 from tests.meshes import by_slot, from_slots, mesh_of
 
 pytestmark = pytest.mark.invariance
@@ -90,6 +91,31 @@ def test_any_mesh(rng, ranks, dtype):
         assert_bitwise_equal([unslotted(x, ranks) for x in found_y], list(y))
         assert_bitwise_equal([unslotted(x, ranks) for x in (found_dq, found_dk)], d_rows)
         assert_bitwise_equal(found_scales, d_scales)
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_leaves_in_one_launch(rng, monkeypatch, ranks):
+    """Family ``sm90`` has a kernel for heads of 64, which takes all leaves at once: every mesh against one leaf after another."""
+    if jax.default_backend() == "cpu":
+        families.hopper(monkeypatch)
+    monkeypatch.setitem(globals(), "DIM", 64)
+    jax.clear_caches()
+    q, k, q_scale, k_scale, cos, sin, dq, dk = arguments = case(rng, "bfloat16")
+    want_rows, want_scales = [], []
+    for x, scale, dy in ((q, q_scale, dq), (k, k_scale, dk)):
+        leaves = zip(np.split(x, 8, 2), np.split(dy, 8, 2), strict=True)
+        each = [norm_rope_gradients(x, scale.astype(np.float32), dy, cos, sin, eps=EPS) for x, dy in leaves]
+        want_rows.append(np.concatenate([dx for dx, _ in each], 2))
+        parts = [np.asarray(dscale) for _, dscale in each]
+        want_scales.append(CONTRACT.tree_over(8).reduce(parts, np.add).astype("bfloat16"))
+    given = [slotted(x, ranks) if spec == HEADS else x for x, spec in zip(arguments, SPECS, strict=True)]
+    lie = {"in_specs": SPECS, "out_specs": ((HEADS, HEADS), (HEADS, HEADS, P(), P()))}
+    _, (found_dq, found_dk, *found_scales) = jax.jit(emulate(gradients(), ranks=ranks, **lie))(*given)
+    assert_bitwise_equal([unslotted(x, ranks) for x in (found_dq, found_dk)], want_rows)
+    assert_bitwise_equal(found_scales, want_scales)
+    alone = jax.jit(gradients(axis_name=None))(*arguments)[1]
+    assert_bitwise_equal(alone, (*want_rows, *want_scales))
+    jax.clear_caches()
 
 
 def test_one_device_without_an_axis(rng):

@@ -13,12 +13,23 @@ import numpy as np
 from tbik_jax.kernels.hopper import simt
 
 
+class Picked:
+    """One of two arrays, thread by thread."""
+
+    def __init__(self, condition: np.ndarray, a: Any, b: Any) -> None:
+        self.condition, self.a, self.b = condition, a, b
+        assert a.dtype == b.dtype
+        self.dtype = a.dtype
+
+
 class Machine:
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, slots: int = 0) -> None:
         self.shape = blocks, simt.THREADS
         self.block = np.broadcast_to(np.arange(blocks)[:, None], self.shape)
         self.thread = np.broadcast_to(np.arange(simt.THREADS), self.shape)
         self.written: dict[int, np.ndarray] = {}
+        self.slots: list[Any] = [None] * slots
+        self.groups: list[list[tuple[int, Any]]] = [[]]  # of fetches on their way; the last is not committed
 
     def zero(self):
         return np.zeros(self.shape, np.float32)
@@ -29,6 +40,11 @@ class Machine:
     def fma(self, a, b, c):
         a, b, c = (np.asarray(np.float32(x), np.float64) for x in (a, b, c))
         return np.float32(a * b + c)
+
+    def maximum(self, a, b):
+        b = np.float32(b)
+        largest = np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))  # of two zeros +0
+        return np.where(np.isnan(largest), np.float32(np.nan), largest)
 
     def clip(self, x, low, high):
         return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
@@ -50,8 +66,17 @@ class Machine:
     def select(self, condition, a, b):
         return np.where(condition, a, np.float32(b) if isinstance(b, float) else b)
 
+    def pick(self, condition, a, b):
+        condition = np.broadcast_to(condition, self.shape)
+        numbers = isinstance(a, int) or np.issubdtype(a.dtype, np.integer)
+        return np.where(condition, a, b) if numbers else Picked(condition, a, b)
+
     def load(self, ref, index, count, where=True, other=0.0, *, again=False):
         where = np.broadcast_to(where, self.shape)
+        if isinstance(ref, Picked):
+            a = self.load(ref.a, index, count, where & ref.condition, other)
+            b = self.load(ref.b, index, count, where & ~ref.condition, other)
+            return [np.where(ref.condition, x, y) for x, y in zip(a, b, strict=True)]
         index = np.where(where, index, 0)
         self._check_aligned(ref, index, count)
         return [np.where(where, ref.reshape(-1)[index + i].astype(np.float32), np.float32(other)) for i in range(count)]
@@ -59,6 +84,9 @@ class Machine:
     def store(self, ref, index, values, where=True):
         where = np.broadcast_to(where, self.shape)
         index = np.broadcast_to(index, self.shape)
+        if isinstance(ref, Picked):
+            self.store(ref.a, index, values, where & ref.condition)
+            return self.store(ref.b, index, values, where & ~ref.condition)
         self._check_aligned(ref, np.where(where, index, 0), len(values))
         times = self.written.setdefault(id(ref), np.zeros(ref.size, np.int32))
         for i, value in enumerate(values):
@@ -74,6 +102,42 @@ class Machine:
     def rounded(self, values, ref):
         return [np.asarray(x).astype(ref.dtype).astype(np.float32) for x in values]
 
+    def itemsize(self, ref):
+        return ref.dtype.itemsize
+
+    def fetch(self, slot, ref, index, count, where=True):
+        size = 16 // ref.dtype.itemsize
+        assert count % size == 0
+        for piece, offset in enumerate(range(0, count, size)):
+            self.slots[slot + piece] = "on its way"
+            self.groups[-1].append((slot + piece, self.load(ref, index + offset, size, where)))
+
+    def commit(self):
+        self.groups.append([])
+
+    def wait(self, pending):
+        while len(self.groups) > pending + 1:
+            for slot, values in self.groups.pop(0):
+                self.slots[slot] = values
+
+    def keep(self, slot, values, ref=None):
+        size = 16 // (4 if ref is None else ref.dtype.itemsize)
+        values = values if ref is None else self.rounded(values, ref)
+        for piece in range(len(values) // size):
+            assert not isinstance(self.slots[slot + piece], str)
+            self.slots[slot + piece] = [np.broadcast_to(x, self.shape) for x in values[piece * size :][:size]]
+
+    def kept(self, slot, count, ref=None, thread=None):
+        size = 16 // (4 if ref is None else ref.dtype.itemsize)
+        values = [x for piece in range(count // size) for x in self.slots[slot + piece]]
+        assert len(values) == count, "not what was put there"
+        if thread is None:
+            return values
+        return [np.take_along_axis(x, np.broadcast_to(thread, self.shape), 1) for x in values]
+
+    def barrier(self):
+        assert self.groups == [[]], "something is on its way"
+
     def of_lane(self, x, distance):
         return np.broadcast_to(x, self.shape)[:, np.arange(simt.THREADS) ^ distance]
 
@@ -88,13 +152,13 @@ class Machine:
         return list(carry)
 
 
-def launch(program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0) -> Any:
+def launch(program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0, slots: int = 0) -> Any:
     """Stands for `simt.launch`; also under ``jit`` and inside of ``custom_vmap``."""
     single = not isinstance(out, tuple | list)
     like = (out,) if single else tuple(out)
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        machine = Machine(blocks)
+        machine = Machine(blocks, slots)
         results = [np.zeros(x.shape, x.dtype) for x in like]
         with np.errstate(all="ignore"):
             program(machine, *map(np.asarray, arrays), *results)

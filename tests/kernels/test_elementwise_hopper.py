@@ -17,18 +17,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax.contract import Contract
-from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax
+from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax, log_sum_exp
+from tbik_jax.emulate import emulate
 from tbik_jax.kernels import backend, exact
-from tbik_jax.kernels.hopper import formulas, simt, sums
-from tbik_jax.kernels.hopper.spec import norm, norm_gradients, rotated, row_sum
-from tbik_jax.kernels.norm_rope import norm_rope
+from tbik_jax.kernels.hopper import formulas, maps, norms, simt, sums
+from tbik_jax.kernels.hopper.spec import exp_sum, norm, norm_gradients, rotated, row_sum
+from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients, norm_rope_gradients_by_leaf
 from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
 from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.testing import assert_bitwise_equal
+from tbik_jax.tree import schedule
 from tests.kernels import families, simt_numpy
-from tests.meshes import mesh_of
+from tests.meshes import columns_by_slot, mesh_of
 
 f32, EPS = np.float32, 1e-5
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +57,12 @@ def _hopper(request, monkeypatch):
         jax.clear_caches()
 
 
+def exp(x: np.ndarray) -> np.ndarray:
+    """The formula's bits, by a kernel without sums."""
+    (y,) = maps._each(lambda m, x: (formulas.exp(m, x),), (jnp.asarray(x),), (x,))
+    return np.asarray(y)
+
+
 def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32") -> np.ndarray:
     return rng.standard_normal(shape).astype(f32).astype(dtype)
 
@@ -77,13 +85,106 @@ def test_norms_follow_the_documented_order(rng, d, dtype):
         assert_bitwise_equal(rms_norm(x[rows], scale, eps=EPS), np.asarray(whole)[rows], f"{rows}")
 
 
+@pytest.fixture(params=["16 rows of a thread", "one row of a thread"])
+def rows_of_a_thread(request, monkeypatch):
+    """Both ways to the gradients of norms, however many rows there are."""
+    monkeypatch.setattr(norms, "_ALONE", 0 if request.param.startswith("16") else 1 << 30)
+
+
+def turning(rng: np.random.Generator, tokens: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    angle = rng.uniform(0, 100, (tokens, d // 2))
+    return np.cos(angle).astype(f32), np.sin(angle).astype(f32)
+
+
+def turned_gradients(x, scale, dy, cos, sin):
+    """Of ``[tokens, heads, D]``."""
+    back, d = rotated(dy, cos, -sin), x.shape[-1]
+    dx, dscale = norm_gradients(x.reshape(-1, d), scale, back.reshape(-1, d), EPS)
+    return dx.reshape(x.shape), dscale
+
+
 @pytest.mark.invariance
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 513, 1100])
-def test_the_gradient_of_a_scale_adds_tokens_in_a_tree(rng, tokens):
-    """Also over more blocks of tokens than one thread adds."""
-    x, dy, scale = normal(rng, tokens, 40), normal(rng, tokens, 40), normal(rng, 40)
+@pytest.mark.usefixtures("rows_of_a_thread")
+@pytest.mark.parametrize(
+    "tokens, d",
+    [(1, 40), (15, 40), (16, 40), (17, 40), (513, 40), (1100, 40), (9000, 8), (513, 96), (49, 100), (33, 1100)],
+)
+def test_the_gradient_of_a_scale_adds_tokens_in_a_tree(rng, tokens, d):
+    """Also over more blocks of tokens than one block adds, and where blocks have several rows."""
+    x, dy, scale = normal(rng, tokens, d), normal(rng, tokens, d), normal(rng, d)
     dscale = jax.vjp(lambda scale: rms_norm(x, scale, eps=EPS), scale)[1](dy)[0]
     assert_bitwise_equal(dscale, norm_gradients(x, scale, dy, EPS)[1])
+
+
+@pytest.mark.invariance
+@pytest.mark.usefixtures("rows_of_a_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, d", [(1, 4096), (17, 4096), (17, 2048)])
+def test_gradients_behind_a_sum(rng, tokens, d, dtype):
+    x, y, dy, also = (normal(rng, tokens, d, dtype=dtype) for _ in range(4))
+    scale = normal(rng, d, dtype=dtype)
+    (total, _), pull = jax.vjp(lambda x, y, scale: add_rms_norm(x, y, scale, eps=EPS), x, y, scale)
+    dx, dscale = norm_gradients(np.asarray(total), scale, dy, EPS)
+    dx = (dx.astype(f32) + also.astype(f32)).astype(dtype)
+    assert_bitwise_equal(pull((also, dy)), (dx, dx, dscale))
+
+
+@pytest.mark.invariance
+@pytest.mark.usefixtures("rows_of_a_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, d", [(1, 1, 1, 64), (17, 3, 1, 128), (19, 32, 8, 128), (513, 5, 1, 64), (5, 5, 2, 256)]
+)
+def test_gradients_of_queries_and_keys_in_one_step(rng, tokens, heads, kv_heads, d, dtype):
+    q, dq = (normal(rng, tokens, heads, d, dtype=dtype) for _ in range(2))
+    k, dk = (normal(rng, tokens, kv_heads, d, dtype=dtype) for _ in range(2))
+    q_scale, k_scale = normal(rng, d, dtype=dtype), normal(rng, d, dtype=dtype)
+    cos, sin = turning(rng, tokens, d)
+    pull = jax.vjp(lambda *of: norm_rope(*of, cos, sin, eps=EPS), q, k, q_scale, k_scale)[1]
+    want = [turned_gradients(*of, cos, sin) for of in ((q, q_scale, dq), (k, k_scale, dk))]
+    assert_bitwise_equal(pull((dq, dk)), (want[0][0], want[1][0], want[0][1], want[1][1]))
+
+
+@pytest.mark.invariance
+@pytest.mark.usefixtures("rows_of_a_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, leaves, heads, d",
+    [
+        (1, (1, 1), (1, 1), 64),
+        (17, (8, 8), (4, 1), 128),
+        (513, (3, 1), (1, 2), 64),
+        (1030, (2, 1), (2, 1), 64),
+        (5, (2, 4), (3, 1), 256),
+    ],
+)
+def test_gradients_of_leaves_are_those_of_leaves_alone(rng, tokens, leaves, heads, d, dtype):
+    """Leaves in one step: the rows of a leaf lie apart, its sum is that of its heads alone."""
+    cos, sin = turning(rng, tokens, d)
+    xs, dys = (
+        [normal(rng, tokens, n * h, d, dtype=dtype) for n, h in zip(leaves, heads, strict=True)] for _ in range(2)
+    )
+    scales = [normal(rng, d, dtype=dtype) for _ in leaves]
+    dxs, dscales = norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves)
+    for x, dy, scale, count, dx, dscale in zip(xs, dys, scales, leaves, dxs, dscales, strict=True):
+        parts = zip(np.split(x, count, 1), np.split(dy, count, 1), strict=True)
+        want = [turned_gradients(x, scale.astype(f32), dy, cos, sin) for x, dy in parts]
+        assert_bitwise_equal((dx, dscale), (np.concatenate([dx for dx, _ in want], 1), np.stack([s for _, s in want])))
+
+
+@pytest.mark.invariance
+def test_arrays_of_several_dtypes_go_one_by_one(rng):
+    cos, sin = turning(rng, 9, 64)
+    xs = [normal(rng, 9, 2, 64, dtype=t) for t in ("float32", "bfloat16")]
+    dys = [normal(rng, 9, 2, 64, dtype=t) for t in ("bfloat16", "float16")]
+    scales = [normal(rng, 64), normal(rng, 64, dtype="bfloat16")]
+    found = norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=(2, 1))
+    for i, count in enumerate((2, 1)):
+        alone = norm_rope_gradients_by_leaf(
+            xs[i : i + 1], scales[i : i + 1], dys[i : i + 1], cos, sin, eps=EPS, leaves=[count]
+        )
+        assert_bitwise_equal([of[i] for of in found], [of[0] for of in alone])
+        assert [of[i].dtype for of in found] == [xs[i].dtype, f32]
 
 
 @pytest.mark.invariance
@@ -120,16 +221,36 @@ def test_sums_of_residuals(rng, shape, dtype):
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("width", [1, 5, 512, 4001, 18992])
-def test_leaves_of_a_vocabulary(rng, width):
-    """Plain sums in the documented order; sums of exponentials within 2**-19, and rows do not see each other."""
-    x = normal(rng, 3, 2, width)
-    assert_bitwise_equal(jax.jit(sums.leaf_sums)(x), row_sum(x, 128, 4), "plain")
-    top = 3 * x.max((1, 2))
-    total = np.asarray(jax.jit(sums.leaf_sums)(3 * x, top))
-    want = np.exp(3 * x.astype(np.float64) - top[:, None, None]).sum(-1)
-    np.testing.assert_allclose(total, want, rtol=2.0**-19)
-    assert_bitwise_equal(jax.jit(sums.leaf_sums)(3 * x[1:2], top[1:2]), total[1:2], "one row")
+@pytest.mark.parametrize("width", [1, 3, 129, 512, 4001, 4097, 18992])
+def test_leaves_of_a_vocabulary_follow_the_documented_order(rng, width):
+    """Whatever rows and leaves are beside."""
+    x = normal(rng, 17, 2, width)
+    assert_bitwise_equal(jax.jit(sums.leaf_sums)(x[:3]), row_sum(x[:3], 128, 4), "plain")
+    x = 3 * x
+    x[2, 1, width // 2 :] = -np.inf
+    whole = jax.tree.map(np.asarray, jax.jit(sums.leaf_exp_sums)(x))
+    assert_bitwise_equal(whole, exp_sum(x, exp), "exponentials")
+    for part in (np.s_[4:5], np.s_[:3], np.s_[:, 1:]):
+        assert_bitwise_equal(jax.jit(sums.leaf_exp_sums)(x[part]), tuple(y[part] for y in whole), f"{part}")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("size", [5, 1003, 8 * 129])
+def test_the_sum_of_exponentials_is_that_of_one_rank(rng, size):
+    logits = 5 * normal(rng, 3, size)
+    logits[1, : size // 2] = -np.inf  # ranks without a finite entry
+
+    def on_ranks(ranks):
+        vocabulary = Vocabulary(size, Contract(), "tp")
+        padded = np.pad(logits, [(0, 0), (0, vocabulary.leaves * vocabulary.width - size)], constant_values=np.nan)
+        run = emulate(lambda y: log_sum_exp(y, vocabulary), ranks=ranks, in_specs=(P(None, "tp"),), out_specs=P())
+        return run(columns_by_slot(padded, schedule(vocabulary.tree, ranks)))
+
+    one = on_ranks(1)
+    for ranks in (2, 3, 5):
+        assert_bitwise_equal(on_ranks(ranks), one, f"{ranks} ranks")
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    np.testing.assert_allclose(one, exact, rtol=0, atol=4e-6)
 
 
 @pytest.mark.invariance
@@ -170,6 +291,41 @@ def test_exp_is_accurate(rng):
     y = formulas.exp(simt_numpy.Machine(1), far)[0, :8]
     np.testing.assert_array_equal(y[[0, 1, 2, 3]], [0, 0, 0, 1])
     assert np.isfinite(y[[4, 6]]).all() and np.isnan(y[5])
+
+
+@pytest.mark.parametrize("width", [1, 3, 129, 4097, 18992])
+def test_sums_of_exponentials_are_accurate(rng, width):
+    """Within 2**-19; where the maximum rises all the time, and sums are multiplied as often, within 2**-17."""
+    x = normal(rng, 3, 6, width)
+    x *= f32([[1], [3], [3], [1e4], [1e-3], [3]])
+    x[:, 2] += f32(1e4)
+    x[:, 2, 1::3] = -np.inf
+    x[:, 4:].sort()
+    m, total = map(np.asarray, jax.jit(sums.leaf_exp_sums)(x))
+    np.testing.assert_array_equal(m, x.max(-1))
+    want = np.exp(x.astype(np.float64) - m[..., None]).sum(-1)
+    np.testing.assert_allclose(total[:, :4], want[:, :4], rtol=2.0**-19)
+    np.testing.assert_allclose(total[:, 4:], want[:, 4:], rtol=2.0**-17)
+
+
+def test_extreme_logits():
+    """A leaf without an entry adds nothing; an entry alone is its own log-sum-exp; what is no number stays in its row."""
+    largest, inf, nan = np.finfo(f32).max, np.inf, np.nan
+    rows = np.full((10, 4099), -inf, f32)
+    rows[0, 4098] = rows[1, 2050] = 1e4
+    rows[2, 0], rows[3, 7] = -1e4, -largest
+    rows[4, :] = -largest
+    rows[5, :], rows[5, 3000] = -1e4, 1e4
+    rows[6, 5:9] = largest, -largest, 0, 1
+    rows[7, 4000], rows[8, 4000] = nan, inf
+    vocabulary = Vocabulary(4099, Contract(), None)
+    logits = np.pad(rows, [(0, 0), (0, vocabulary.local_size - 4099)])
+    got = np.asarray(log_sum_exp(logits, vocabulary))
+    np.testing.assert_array_equal(got[:7], f32([1e4, 1e4, -1e4, -largest, -largest, 1e4, largest]))
+    np.testing.assert_array_equal(got[7:], [nan, nan, -inf])
+    m, total = jax.jit(sums.leaf_exp_sums)(rows)
+    np.testing.assert_array_equal(total, f32([1, 1, 1, 1, 4099, 1, 1, nan, nan, 0]))
+    np.testing.assert_array_equal(m[-3:], [nan, inf, -largest])
 
 
 @pytest.mark.parametrize("dtype, last", [("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-20)])
@@ -232,6 +388,74 @@ def test_many_rows_are_rows_alone(rng):
     whole = jax.jit(run)(x, y)
     for rows in (slice(0, 1), slice(8191, 8192), slice(100, 117), slice(4000, 5024)):
         assert_bitwise_equal(jax.jit(run)(x[rows], y[rows]), tuple(np.asarray(v)[rows] for v in whole), f"{rows}")
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.invariance
+def test_many_leaves_are_leaves_alone(rng):
+    """Logits that fill the device, and their log-sum-exp, against those of few rows, and of one leaf."""
+    vocabulary = Vocabulary(151936, Contract(), None)
+    logits = 4 * normal(rng, 1024, 151936)
+
+    def run(logits):
+        return *sums.leaf_exp_sums(logits.reshape(-1, 8, 18992)), log_sum_exp(logits, vocabulary)
+
+    whole = [np.asarray(v) for v in jax.jit(run)(logits)]
+    for rows in (slice(0, 1), slice(1023, 1024), slice(100, 103), slice(500, 517)):
+        assert_bitwise_equal(jax.jit(run)(logits[rows]), tuple(v[rows] for v in whole), f"{rows}")
+    leaf = jax.jit(sums.leaf_exp_sums)(logits[:17, None, 3 * 18992 : 4 * 18992])
+    assert_bitwise_equal(leaf, tuple(v[:17, 3:4] for v in whole[:2]), "one leaf")
+    assert_bitwise_equal(leaf, exp_sum(logits[:17, None, 3 * 18992 : 4 * 18992], exp), "documented order")
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.invariance
+@pytest.mark.parametrize("tokens, d", [(8192, 4096), (8191, 4096), (64, 4096), (1, 4096), (2048, 576), (8192, 16384)])
+def test_gradients_of_many_rows_and_of_few(rng, monkeypatch, tokens, d):
+    """Both ways, and rows alone; the scale's against the specification."""
+    x, dy, also = (normal(rng, tokens, d, dtype="bfloat16") for _ in range(3))
+    scale = normal(rng, d, dtype="bfloat16")
+
+    def run(x, dy, also):
+        return *norms.rms_norm_gradients(x, scale, dy, EPS), norms.rms_norm_gradients(x, scale, dy, EPS, also)[0]
+
+    found = []
+    for most in (0, norms._ALONE, 1 << 30):
+        monkeypatch.setattr(norms, "_ALONE", most)
+        found.append(jax.tree.map(np.asarray, jax.jit(lambda *of: run(*of))(x, dy, also)))
+    assert_bitwise_equal(found[0], found[1])
+    assert_bitwise_equal(found[1], found[2])
+    monkeypatch.undo()
+    for rows in (slice(0, 1), slice(tokens // 2, tokens // 2 + 17)):
+        dx, _, both = jax.jit(lambda *of: run(*of))(x[rows], dy[rows], also[rows])
+        assert_bitwise_equal((dx, both), (found[0][0][rows], found[0][2][rows]), f"{rows}")
+    assert_bitwise_equal(found[0][1], norm_gradients(x, scale, dy, EPS)[1])
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens, d", [(8192, 128), (513, 128), (64, 128), (1, 128), (1025, 64), (1025, 256)])
+def test_gradients_of_heads_at_once_and_leaf_by_leaf(rng, monkeypatch, tokens, d, dtype):
+    """Of 32 query heads and 8 KV heads: all in one call, both ways, against one leaf after another."""
+    leaves, cos, sin = (8, 8), *turning(rng, tokens, d)
+    xs, dys = ([normal(rng, tokens, heads, d, dtype=dtype) for heads in (32, 8)] for _ in range(2))
+    scales = [normal(rng, d, dtype=dtype) for _ in leaves]
+    alone = jax.jit(lambda *of: norm_rope_gradients(*of, cos, sin, eps=EPS))
+    want = []
+    for x, scale, dy in zip(xs, scales, dys, strict=True):
+        each = [alone(x, scale.astype(f32), dy) for x, dy in zip(np.split(x, 8, 1), np.split(dy, 8, 1), strict=True)]
+        want.append((np.concatenate([dx for dx, _ in each], 1), np.stack([dscale for _, dscale in each])))
+    for most in (0, norms._ALONE, 1 << 30):
+        monkeypatch.setattr(norms, "_ALONE", most)
+        run = jax.jit(lambda xs, dys: norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves))
+        found = run(xs, dys)
+        assert_bitwise_equal(found, tuple(zip(*want, strict=True)), f"up to {most} blocks")
+    whole = turned_gradients(xs[1][:, :1], scales[1].astype(f32), dys[1][:, :1], cos, sin)
+    assert_bitwise_equal((found[0][1][:, :1], found[1][1][0]), whole, "the specification")
 
 
 @on_the_card

@@ -374,6 +374,20 @@ def test_every_layout_is_the_tree_over_leaf_products(rng, spec, a, b, dtype):
 
 @on_the_card
 @pytest.mark.gpu
+def test_cotangents_of_logits_are_rounded(rng):
+    """To the operands' dtype, as if the products had been."""
+    x, w = operands(rng, (37, 320), (8 * 50, 320), "bfloat16")
+    dy = jnp.asarray(rng.standard_normal((37, 400), np.float32))
+
+    def gradients(dtype: str) -> Any:
+        f = partial(column_parallel, axis_name=None, contract=Contract(), dtype=dtype)
+        return jax.jit(lambda x, w, dy: jax.vjp(f, x, w)[1](dy.astype(dtype)))(x, w, dy)
+
+    assert_bitwise_equal(gradients("float32"), gradients("bfloat16"))
+
+
+@on_the_card
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("arities", [(2,), (8,)])
 def test_rows_and_columns_do_not_see_each_other(rng, arities, dtype):

@@ -29,6 +29,10 @@ pytestmark = pytest.mark.invariance
 INVARIANT, PLAIN = Numerics.invariant(), Numerics.plain()
 #: Two query heads a KV head; leaves of one head, and of eleven feed-forward columns.
 GROUPED = dataclasses.replace(SMALL, num_heads=12, num_kv_heads=6, intermediate_size=88, qk_norm=True)
+#: With heads that Hopper's attention knows, and a scale of its own for queries and keys.
+ON_A_CARD = dataclasses.replace(
+    GROUPED, hidden_size=328, head_dim=64, num_heads=16, num_kv_heads=8, intermediate_size=8 * 44
+)
 TOKENS = np.random.default_rng(5).integers(0, 256, (3, 29))
 TOKENS[1, 3:9] = TOKENS[0, 0]  # a row of the embedding that many tokens share
 
@@ -107,6 +111,32 @@ def test_values(want):
     plain = gradients(GROUPED, 1, numerics=PLAIN)
     for name, got in want.items():
         np.testing.assert_allclose(got, plain[name], rtol=0, atol=2e-5 * np.abs(plain[name]).max(), err_msg=name)
+
+
+on_the_card = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason=f"needs a Hopper GPU; the default backend is {jax.default_backend()}"
+)
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.parametrize("tree", [(2,), (8,)])
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_one_card_emulates_every_mesh(tree, tp):
+    numerics = Numerics.invariant(Contract(tree=tree))
+    one = gradients(ON_A_CARD, 1, numerics=numerics, dtype="bfloat16")
+    got = gradients(ON_A_CARD, tp, numerics=numerics, dtype="bfloat16", emulated=True)
+    assert_bitwise_equal(got, one, f"{tp} emulated ranks")
+
+
+@on_the_card
+@pytest.mark.gpu
+def test_values_on_a_card():
+    """Near plain bfloat16 gradients, two layers deep."""
+    one, plain = (gradients(ON_A_CARD, 1, numerics=numerics, dtype="bfloat16") for numerics in (INVARIANT, PLAIN))
+    for name, got in one.items():
+        want = plain[name].astype(np.float32)
+        assert np.linalg.norm(got.astype(np.float32) - want) < 0.03 * np.linalg.norm(want), name
 
 
 def test_copies_of_a_kv_head_are_refused():
