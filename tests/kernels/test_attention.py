@@ -413,11 +413,10 @@ class TestHopper(Attention):
         for tiles in (
             PrefillTiles(stages=1),
             PrefillTiles(order="tiles"),
+            PrefillTiles(order="heads"),
             PrefillTiles(blocks=7),
-            PrefillTiles(merge="peeled"),
-            PrefillTiles(order="balanced", handover="early"),
-            PrefillTiles(bounds="kernel"),
-            PrefillTiles(handover="early", bounds="kernel", merge="peeled", stages=1),
+            PrefillTiles(halves=False),
+            PrefillTiles(halves=False, stages=1),
             PrefillTiles(registers=(232, 40)),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want, str(tiles))
@@ -433,6 +432,19 @@ class TestHopper(Attention):
             DecodeTiles(unroll=32, ahead=1),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want[:, -1:], str(tiles))
+
+    @pytest.mark.invariance
+    @pytest.mark.parametrize("last", [62, 63, 64, 65, 126, 127, 128, 129])
+    def test_half_blocks_cannot_be_seen(self, rng, last):
+        """A warpgroup's 64 queries end around the middle of a block, or its end; the other sequences' ones elsewhere."""
+        q, k, v, positions = self.draw(rng, 3, self.long)
+        want = np.asarray(self.run()(q, k, v, positions))
+        at = np.array([last - 63 + (last < 63), last - 63 + 512, last - 63 + 640])[:, None] + np.arange(190)
+        q = np.take_along_axis(q, at[:, :, None, None], axis=1)
+        want = np.take_along_axis(want, at[:, :, None, None], axis=1)
+        for halves in (True, False):
+            run = jax.jit(partial(hopper.attention, self.dim**-0.5, tiles=PrefillTiles(halves=halves)))
+            assert_bitwise_equal(run(q, k, v, at), want, f"halves={halves}")
 
     def test_what_a_backward_pass_needs(self, rng):
         q, k, v, positions = self.draw(rng, 2, 300)
@@ -470,6 +482,25 @@ def test_the_balanced_order_is_heads_where_tiles_would_leave_blocks_idle():
     assert orders == ["heads", "tiles", "tiles", "heads"]
 
 
+def test_blocks_that_a_tile_sees():
+    """For all queries; any of the upper half for some; anything for some."""
+    for first, last in (
+        (0, 63),
+        (0, 62),
+        (0, 64),
+        (5, 65),
+        (127, 127),
+        (126, 190),
+        (127, 191),
+        (128, 192),
+        (300, 1023),
+    ):
+        seen = np.arange(1152) <= np.array([first, last])[:, None]
+        blocks = seen.reshape(2, -1, 128)
+        want = blocks[0].all(axis=1).sum(), blocks[1][:, 64:].any(axis=1).sum(), blocks[1].any(axis=1).sum()
+        assert tuple(map(int, prefill._seen(first, last))) == want, (first, last)
+
+
 # Interpreted ---------------------------------------------------------------------------------------------------------
 
 
@@ -481,15 +512,44 @@ def test_the_balanced_order_is_heads_where_tiles_would_leave_blocks_idle():
         (1, 0, DecodeTiles(chunk=2, unroll=2, ahead=1)),
         (1, 16, DecodeTiles(slots=3)),
         (3, 64, DecodeTiles(whole=True)),
-        (200, 0, PrefillTiles()),
         (70, 64, PrefillTiles(order="tiles")),
-        (200, 256, PrefillTiles(merge="peeled", stages=1)),
-        (200, 0, PrefillTiles(order="balanced", handover="early")),
-        (300, 64, PrefillTiles(handover="early", bounds="kernel")),
+        (200, 256, PrefillTiles(stages=1)),
+        (300, 0, PrefillTiles(order="heads", halves=False)),
     ],
 )
-def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles):
-    """Rings, splits, masks and pages. The interpreter knows neither Mosaic's own operations nor operands in registers."""
+def test_control_flow_in_the_interpreter(rng, interpreter, queries, page, tiles):
+    """Rings, splits, masks and pages."""
+    length = 1030
+    q, k, v, _ = inputs(rng, 2, length, 64, jnp.bfloat16)
+    q, positions = q[:, :queries], rng.integers(0, length, (2, queries))
+    table, *pages = in_pages(rng, page, k, v) if page else (None, k, v)
+    got = hopper.attention(0.125, *map(jnp.asarray, (q, *pages, positions)), None, table, tiles=tiles)
+    assert_near(got, q, k, v, positions)
+
+
+@interpreted
+@pytest.mark.newest
+@pytest.mark.parametrize("last", [(62, 63), (64, 65), (126, 127), (128, 129), (190, 511), (575, 576)])
+@pytest.mark.parametrize("other", ["next", "far", "before"])
+def test_half_blocks_in_the_interpreter(rng, interpreter, last, other):
+    """The first warpgroup's queries end there in two sequences; the second one's are the next, or far, or come before."""
+    q, k, v, _ = inputs(rng, 2, 770, 64, jnp.bfloat16, heads=KV_HEADS)
+    q = q[:, :128]
+    first = np.maximum(np.array(last)[:, None] - np.arange(63, -1, -1), 0)
+    second = {"next": first + 64, "far": first + 180, "before": np.maximum(first - 130, 0)}[other]
+    positions = np.concatenate([first, second], axis=1)
+    got = hopper.attention(0.125, *map(jnp.asarray, (q, k, v, positions)), None, tiles=PrefillTiles())
+    assert_near(got, q, k, v, positions)
+
+
+def assert_near(got: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+    want, magnitude = reference(q, k, v, positions, 0.125)
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * 1.01 * (magnitude + np.abs(want)) + 1e-4).all()
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """It knows neither Mosaic's own operations nor operands in registers."""
 
     def add_values(acc, p, values, meanwhile=lambda: None):
         acc = acc + jnp.dot(p.astype(jnp.float32), values[...].astype(jnp.float32))
@@ -504,7 +564,8 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles)
 
     def bounds_of(positions):
         here = positions[...].reshape(2, -1)
-        return here.max(), here[jax.lax.axis_index("wg") % 2].min()
+        mine = here[jax.lax.axis_index("wg") % 2]
+        return here.max(), mine.max(), mine.min()
 
     monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
     monkeypatch.setattr(prefill, "_bounds_of", bounds_of)
@@ -512,14 +573,8 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles)
     monkeypatch.setattr(formula, "add_values", add_values)
     monkeypatch.setattr(decode, "_store", store)
     monkeypatch.setattr(decode, "_store_rows", store_rows)
-    length = 1030
-    q, k, v, _ = inputs(rng, 2, length, 64, jnp.bfloat16)
-    q, positions = q[:, :queries], rng.integers(0, length, (2, queries))
-    table, *pages = in_pages(rng, page, k, v) if page else (None, k, v)
     with plgpu.force_gpu_interpret_mode():
-        got = hopper.attention(0.125, *map(jnp.asarray, (q, *pages, positions)), None, table, tiles=tiles)
-    want, magnitude = reference(q, k, v, positions, 0.125)
-    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * 1.01 * (magnitude + np.abs(want)) + 1e-4).all()
+        yield
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 While one warpgroup weighs its scores, the other has the tensor cores (FlashAttention-3's ping-pong, arXiv:2407.08608). The
 state of finished splits stays in registers beside the running one; the result leaves from the slot of its queries while
-the next tile runs.
+the next tile runs. A warpgroup lets the other one go on before it finishes and stores its results.
 
 Measured and dropped: the finished state in shared memory (0.83-0.91 of cuDNN, registers 0.92-0.98); blocks of 64 keys;
-a block per tile instead of persistent ones.
+a block per tile instead of persistent ones; letting the other warpgroup go on with the next tile's first scores (1 %), and
+bounds of the tiles from a kernel of XLA's (2 %, of 8 x 2048). States that stay in their registers from tile to tile spill.
 """
 
 from __future__ import annotations
@@ -48,22 +49,15 @@ class PrefillTiles:
         order: What the walk goes through first: ``"heads"``, so that the longest tiles of all heads come first, for balance;
             ``"tiles"``, all of a KV head before the next, so that a long context's keys stay in the L2 cache; or ``"balanced"``,
             tiles, unless heads would end notably earlier if all were limited by their own length.
-        merge: When a finished split is merged: ``"late"``, while the tensor cores work on the next one's first scores; or
-            ``"peeled"``, half before and half after, in a copy of the loop's body of its own (`formula.ROUNDS_LATER` only).
-        handover: When a warpgroup that is through with its tile lets the other one go on: ``"next"``, with the first scores of
-            its next tile; or ``"early"``, before it finishes and stores its results, which then leave while the tensor cores
-            work on those scores.
-        bounds: Who finds the blocks that a tile sees: ``"array"``, XLA, in a kernel of its own; or ``"kernel"``, each warp,
-            of positions that come with the queries.
+        halves: Whether a warpgroup computes half of a block whose upper half none of its queries sees, and nothing of one
+            that none of them sees; or all that the other one sees, with weights of 0.
         blocks: At most so many thread blocks; 0: one per multiprocessor.
         registers: Of a thread that computes, and of one that loads.
     """
 
     stages: int = 2
-    order: Literal["heads", "tiles", "balanced"] = "tiles"
-    merge: Literal["late", "peeled"] = "late"
-    handover: Literal["next", "early"] = "next"
-    bounds: Literal["array", "kernel"] = "array"
+    order: Literal["heads", "tiles", "balanced"] = "balanced"
+    halves: bool = True
     blocks: int = 0
     registers: tuple[int, int] = (240, 24)
 
@@ -93,8 +87,6 @@ def attention(
     if with_lse:
         out_type.append(jax.ShapeDtypeStruct((batch, heads, pairs * _PAIR), jnp.float32))
     extra = [x.astype(jnp.int32) for x in (kv_head_of, table) if x is not None]
-    if tiles.bounds == "array":
-        extra.insert(0, _bounds(positions))
     out = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -115,15 +107,9 @@ def attention(
     return out[0][:, :queries], out[1][:, :, :queries] if with_lse else None
 
 
-def _bounds(positions: Array) -> Array:
-    """``[B, pairs, 2, 2]``: the last position of each tile of a pair, and the first one negated; one reduction for both."""
-    of_tiles = positions.reshape(positions.shape[0], -1, 2, 1, QUERIES)
-    return jnp.max(jnp.concatenate([of_tiles, -of_tiles], axis=3), axis=4)
-
-
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROWS),) * 2)
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROWS),) * 3)
 def _bounds_of(ctx: Any, positions: Any) -> Any:
-    """The last of a pair's positions, and the first one of this warpgroup's tile; each warp by itself, 4 positions a lane."""
+    """The last of a pair's positions, and the last and the first of this warpgroup's tile; each warp by itself, 4 a lane."""
     utils, i32 = mgpu.utils, ir.IntegerType.get_signless(32)
     lane = arith.remui(utils.thread_idx(), utils.c(32, i32))
     start = utils.getelementptr(utils.memref_ptr(positions), [arith.muli(lane, utils.c(4, i32))], i32)
@@ -132,10 +118,19 @@ def _bounds_of(ctx: Any, positions: Any) -> Any:
     last, first = (functools.reduce(of, mine) for of in (arith.maxsi, arith.minsi))
     wg = arith.divui(utils.thread_idx(), utils.c(128, i32))
     of_tile = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(lane, utils.c(QUERIES // 4, i32)), wg)
+    of_tile_last = arith.select(of_tile, last, utils.c(-(2**31), i32))
     first = arith.select(of_tile, first, utils.c(2**31 - 1, i32))
-    kinds = nvvm.ReductionKind
-    found = (nvvm.redux_sync(x, kind, utils.c(-1, i32)) for x, kind in ((last, kinds.MAX), (first, kinds.MIN)))
+    high, low = nvvm.ReductionKind.MAX, nvvm.ReductionKind.MIN
+    found = (
+        nvvm.redux_sync(x, kind, utils.c(-1, i32)) for x, kind in ((last, high), (of_tile_last, high), (first, low))
+    )
     return [mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in found]
+
+
+def _seen(first: Any, last: Any) -> tuple[Any, Any, Any]:
+    """Blocks of keys that all queries from position ``first`` to ``last`` see; any of the upper half of; anything of."""
+    halves = lax.div(jnp.maximum(last, 0), jnp.int32(BLOCK // 2)) + 1
+    return lax.div(first + 1, jnp.int32(BLOCK)), lax.div(halves, jnp.int32(2)), lax.div(halves + 1, jnp.int32(2))
 
 
 def _walk(item: Any, order: str, pairs: int, rows: int, group: int) -> tuple[Any, Any]:
@@ -184,7 +179,6 @@ def _turned(order: str, pairs: int, rows: int, group: int, grid: int) -> tuple[i
 
 def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     q_gmem, k_gmem, v_gmem, positions_gmem, *rest = refs
-    bounds_gmem: Ref = rest.pop(0) if tiles.bounds == "array" else None
     heads_gmem: Ref = rest.pop(0) if has_heads else None
     table_gmem: Ref = rest.pop(0) if has_table else None
     out_gmem, *lse_gmem = rest
@@ -199,9 +193,10 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
 
     scopes = {
         "qo_smem": plgpu.SMEM((_Q_SLOTS, 2, QUERIES, dim), dtype, transforms=swizzled(dtype)),
+        "positions_smem": plgpu.SMEM((_Q_SLOTS, _PAIR), i32),
         "k_smem": plgpu.SMEM((stages, BLOCK, dim), dtype, transforms=swizzled(dtype)),
         "v_smem": plgpu.SMEM((stages, BLOCK, dim), dtype, transforms=swizzled(dtype)),
-        "q_full": plgpu.Barrier(num_arrivals=2 if bounds_gmem is not None else 3, num_barriers=_Q_SLOTS),
+        "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=_Q_SLOTS),
         "q_free": plgpu.Barrier(num_arrivals=2, num_barriers=_Q_SLOTS),
         "k_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
@@ -211,12 +206,11 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     }
     if lse_gmem:
         scopes["lse_smem"] = plgpu.SMEM((2, QUERIES), jnp.float32)
-    if bounds_gmem is None:
-        scopes["positions_smem"] = plgpu.SMEM((_Q_SLOTS, _PAIR), i32)
 
     @functools.partial(pl.run_scoped, collective_axes="wg", **scopes)
     def _(
         qo_smem,
+        positions_smem,
         k_smem,
         v_smem,
         q_full,
@@ -227,7 +221,6 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         v_free,
         order,
         lse_smem=None,
-        positions_smem=None,
     ):
         cta, wg = lax.axis_index("grid"), lax.axis_index("wg")
         shape = pairs, batches * heads, group
@@ -244,15 +237,6 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         def positions_of(batch, pair):
             return positions_gmem.at[batch, pl.ds(pair * _PAIR, _PAIR)]
 
-        def seen(batch, pair, wg, positions):
-            """Blocks of keys that a pair of tiles sees, and those that all queries of one of them see."""
-            if bounds_gmem is None:
-                last, first = _bounds_of(positions)
-            else:
-                last = jnp.maximum(bounds_gmem[batch, pair, 0, 0], bounds_gmem[batch, pair, 1, 0])
-                first = -bounds_gmem[batch, pair, wg, 1]
-            return lax.div(last, i32(BLOCK)) + 1, lax.div(first + 1, i32(BLOCK))
-
         def swap():
             plgpu.barrier_arrive(order)
             plgpu.barrier_wait(order)
@@ -263,7 +247,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
 
             def item(i, base):
                 batch, head, pair = unpack(i)
-                steps, _ = seen(batch, pair, 0, positions_of(batch, pair))
+                steps = lax.div(_bounds_of(positions_of(batch, pair))[0], i32(BLOCK)) + 1
                 kv_head = heads_gmem[head] if has_heads else lax.div(head, i32(group))
                 q_slot = lax.rem(i, i32(_Q_SLOTS))
 
@@ -274,9 +258,7 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                 for w in range(2):
                     rows = pl.ds(pair * _PAIR + w * QUERIES, QUERIES)
                     plgpu.copy_gmem_to_smem(q_gmem.at[batch, rows, head], qo_smem.at[q_slot, w], q_full.at[q_slot])
-                if positions_smem is not None:
-                    to = positions_smem.at[q_slot]
-                    plgpu.copy_gmem_to_smem(positions_of(batch, pair), to, q_full.at[q_slot])
+                plgpu.copy_gmem_to_smem(positions_of(batch, pair), positions_smem.at[q_slot], q_full.at[q_slot])
 
                 def step(s, _):
                     slot = lax.rem(base + s, i32(stages))
@@ -308,72 +290,65 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_free.at[lax.rem(i - 1, i32(_Q_SLOTS))])
 
-            def block(step, i, base, steps, qo, states, *, mask, first):
-                """One block of keys; ``states`` are the running split's and that of all finished ones."""
+            def keys_after(step, base, steps):
+                @pl.when(step + 1 < steps)
+                def _():
+                    plgpu.barrier_wait(k_full.at[lax.rem(base + step + 1, i32(stages))])
+
+            def block(step, i, base, steps, qo, states, *, mask, keys):
+                """The first keys of a block; ``states`` are the running split's and that of all finished ones."""
                 running, done = states
                 slot = lax.rem(base + step, i32(stages))
-                if first == "peeled":
-                    begun = lax.optimization_barrier(formula.merge_begin(done, running, spread))
+                part = pl.ds(0, keys)
 
                 def scores(ref):
-                    plgpu.wgmma(ref, qo, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(ref, qo, plgpu.transpose_ref(k_smem.at[slot, part], (1, 0)))
                     swap()
-                    if tiles.handover == "early":
-                        pl.when((step == 0) & (i > 0))(lambda: release(i))
-                    fresh = formula.empty(QUERIES, dim)
-                    if first == "peeled":
-                        merged = lax.optimization_barrier(formula.merge_end(done, begun, spread, TILE, ROWS))
-                        return ref[...], (fresh, merged)
-                    if first == "late":
-                        starts = lax.rem(step, i32(BLOCKS_A_SPLIT)) == 0
-                        merged = lax.cond(
-                            starts,
-                            lambda: (fresh, formula.merge(done, running, spread, TILE, ROWS)),
-                            lambda: (running, done),
-                        )
-                        return ref[...], merged
-                    return ref[...], (running, done)
+                    pl.when((step == 0) & (i > 0))(lambda: release(i))
+                    merged = lax.cond(
+                        (lax.rem(step, i32(BLOCKS_A_SPLIT)) == 0) & (step > 0),
+                        lambda: (formula.empty(QUERIES, dim), formula.merge(done, running, spread, TILE, ROWS)),
+                        lambda: (running, done),
+                    )
+                    return ref[...], merged
 
-                qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, BLOCK), jnp.float32))
+                qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, keys), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 p, (acc, m, total) = formula.weigh(mask(qk, step), running, c)
-                if first == "peeled":
-                    acc = running[0]  # nothing to rescale yet
                 acc, m, total, p = lax.optimization_barrier((acc, m, total, p.astype(dtype)))
                 plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(order)
-
-                def wait_for_keys():
-                    @pl.when(step + 1 < steps)
-                    def _():
-                        plgpu.barrier_wait(k_full.at[lax.rem(base + step + 1, i32(stages))])
-
-                acc = formula.add_values(acc, p, v_smem.at[slot], wait_for_keys)
+                acc = formula.add_values(acc, p, v_smem.at[slot, part], lambda: keys_after(step, base, steps))
                 plgpu.barrier_arrive(v_free.at[slot])
                 return (acc, m, total), done
+
+            def unseen(step, base, steps):
+                """A block that the other warpgroup alone sees: its turns and its slot, and nothing else."""
+                slot = lax.rem(base + step, i32(stages))
+                swap()
+                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(order)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(order)
+                keys_after(step, base, steps)
+                plgpu.barrier_arrive(v_free.at[slot])
 
             def item(i, base):
                 batch, head, pair = unpack(i)
                 row = pair * _PAIR + wg * QUERIES
                 q_slot = lax.rem(i, i32(_Q_SLOTS))
                 qo = qo_smem.at[q_slot, wg]
-                if positions_smem is None:
-                    positions = positions_gmem.at[batch, pl.ds(row, QUERIES)]
-                    steps, unmasked = seen(batch, pair, wg, None)
-                    plgpu.barrier_wait(q_full.at[q_slot])
-                else:
-                    positions = positions_smem.at[q_slot, pl.ds(wg * QUERIES, QUERIES)]
-                    plgpu.barrier_wait(q_full.at[q_slot])
-                    steps, unmasked = seen(batch, pair, wg, positions_smem.at[q_slot])
+                positions = positions_smem.at[q_slot, pl.ds(wg * QUERIES, QUERIES)]
+                plgpu.barrier_wait(q_full.at[q_slot])
+                last, last_here, first = _bounds_of(positions_smem.at[q_slot])
+                steps = lax.div(last, i32(BLOCK)) + 1
+                unmasked, entire, touched = _seen(first, last_here)
+                if not tiles.halves:
+                    entire = steps
                 plgpu.barrier_wait(k_full.at[lax.rem(base, i32(stages))])
 
-                @pl.when(i > 0)
-                def _():
-                    if tiles.handover == "early":
-                        plgpu.barrier_wait(order)
-                    else:
-                        release(i)
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(order))
 
                 def whole(scores, step):
                     return scores
@@ -383,31 +358,19 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                     keys = plgpu.broadcasted_iota(i32, scores.shape, 1, layout=TILE)
                     return formula.hidden(scores, keys <= formula.over(at - step * BLOCK, scores.shape))
 
-                def walk(low, high, states, mask, first):
-                    one = functools.partial(block, i=i, base=base, steps=steps, qo=qo, mask=mask, first=first)
+                def walk(low, high, states, mask, keys=BLOCK):
+                    one = functools.partial(block, i=i, base=base, steps=steps, qo=qo, mask=mask, keys=keys)
                     return lax.fori_loop(low, high, lambda step, states: one(step, states=states), states)
 
-                states = (formula.empty(QUERIES, dim),) * 2
-                if tiles.merge == "late":
-                    states = walk(0, unmasked, states, whole, "late")
-                    states = walk(unmasked, steps, states, masked, "late")
-                else:
-
-                    def mask(scores, step):
-                        return lax.cond(step < unmasked, lambda: scores, lambda: masked(scores, step))
-
-                    def split(number, states):
-                        low = number * BLOCKS_A_SPLIT
-                        high = jnp.minimum(low + BLOCKS_A_SPLIT, steps)
-                        states = block(low, i, base, steps, qo, states, mask=mask, first="peeled")
-                        middle = jnp.clip(unmasked, low + 1, high)
-                        states = walk(low + 1, middle, states, whole, "")
-                        return walk(middle, high, states, masked, "")
-
-                    splits = lax.div(steps + (BLOCKS_A_SPLIT - 1), i32(BLOCKS_A_SPLIT))
-                    states = lax.fori_loop(0, splits, split, states)
-                if tiles.handover == "early":
-                    plgpu.barrier_arrive(order)  # the other's last values need not wait for what follows
+                # Hidden from the compiler, which would write them once for every loop that may be the first to run.
+                states = lax.optimization_barrier((formula.empty(QUERIES, dim),) * 2)
+                states = walk(0, unmasked, states, whole)
+                states = walk(unmasked, entire, states, masked)
+                if tiles.halves:
+                    # The weights left out are zeros, last in every partial sum: the same bits.
+                    states = walk(entire, touched, states, masked, BLOCK // 2)
+                    lax.fori_loop(touched, steps, lambda step, _: unseen(step, base, steps), None)
+                plgpu.barrier_arrive(order)  # the other's last values need not wait for what follows
                 running, done = states
                 state = formula.merge(done, running, spread, TILE, ROWS)
                 qo[...] = formula.finish(state, spread, TILE, dtype)
@@ -420,7 +383,6 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                 return base + steps
 
             lax.fori_loop(0, mine, item, i32(0))
-            if tiles.handover == "early":
-                plgpu.barrier_wait(order)
+            plgpu.barrier_wait(order)
             pl.when(wg == 0)(swap)
             plgpu.wait_smem_to_gmem(0)
