@@ -5,8 +5,8 @@ state of finished splits stays in registers beside the running one; the result l
 the next tile runs. A warpgroup lets the other one go on before it finishes and stores its results.
 
 Measured and dropped: the finished state in shared memory (0.83-0.91 of cuDNN, registers 0.92-0.98); blocks of 64 keys;
-a block per tile instead of persistent ones; letting the other warpgroup go on with the next tile's first scores (1 %), and
-bounds of the tiles from a kernel of XLA's (2 %, of 8 x 2048). States that stay in their registers from tile to tile spill.
+a block per tile instead of persistent ones; of 8 x 2048, letting the other warpgroup go on with the next tile's first scores
+(1 % slower), and bounds of the tiles from a kernel of XLA's (2 %). States that stay in registers from tile to tile spill.
 """
 
 from __future__ import annotations
@@ -148,27 +148,32 @@ def _place(wave: Any, block: Any, turn: int, grid: int) -> Any:
 
 @functools.cache
 def _plan(pairs: int, rows: int, group: int, grid: int, heads: int) -> tuple[int, int]:
-    """Rows that go together, and the turn that gives all thread blocks nearly the same work: tiles last as their position says.
+    """Rows that go together, and the turn that gives all thread blocks nearly the same work, if positions are a sequence's.
 
     With the rows of one KV head, the slowest of 132 blocks needs 2 % more than the mean for 8 x 2048 of 32 query heads, and 20 %
     for 1 x 4096; with those of 16 and of 2, less than 1 %.
     """
     items = pairs * rows
     waves = np.arange(-(-items // grid))[:, None]
+    own = 1.5  # work of a tile besides the blocks before it, in blocks
 
     def longest(together: int, turn: int) -> float:
         work = np.zeros(waves.size * grid)
-        work[:items] = _walk(np.arange(items), pairs, rows, together)[0] + 1.5  # a block of its own, and a fixed cost
+        work[:items] = _walk(np.arange(items), pairs, rows, together)[0] + own
         return float(work[waves * grid + _place(waves, np.arange(grid), turn, grid)].sum(axis=0).max())
 
     sizes = [heads * group] if heads else [group << n for n in range((rows // group).bit_length())]
     sizes = [size for size in sizes if size < rows and rows % size == 0]
     if not heads or not sizes:
         sizes.append(rows)
-    turns = range(0, grid, max(1, grid // 32))
-    best = {size: min((longest(size, turn), turn) for turn in turns) for size in sizes}
-    least = min(best.values())[0]
-    return next((size, turn) for size, (work, turn) in best.items() if work <= 1.0075 * least)
+    mean = items / grid * ((pairs - 1) / 2 + own)
+    found = []
+    for size in sizes:
+        work, turn = min((longest(size, turn), turn) for turn in range(0, grid, max(1, grid // 32)))
+        found.append((work, size, turn))
+        if work <= 1.01 * mean:
+            return size, turn
+    return min(found)[1:]
 
 
 def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
