@@ -129,7 +129,12 @@ def product(problem: Problem, tiles: Tiles, a: Array, b: Array, *, blocks: int) 
         cluster_names=("cluster",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            # Pallas would have a warpgroup meet before every copy and around every store. Here all threads arrive at the
+            # barriers of the ring, and what is written to shared memory is committed before it is copied.
+            unsafe_no_auto_barriers=True,
+        ),
     )(*unsliced(a, b))
     return result if sizes == padded else result[tuple(slice(sizes[axis]) for axis in problem.out_axes)]
 

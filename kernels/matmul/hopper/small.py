@@ -74,7 +74,11 @@ def products(
         kernel_name="product_of_few_rows",
         cluster=(tiles.split,),
         cluster_names=("cluster",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            # Pallas would have the warps meet before every copy; once is enough for the two of a step.
+            unsafe_no_auto_barriers=True,
+        ),
     )(*unsliced(a, b))
 
 
@@ -185,6 +189,7 @@ def _kernel(
 
                     @pl.when(jnp.logical_and(now > 0, now - 1 + stages < total))
                     def _():
+                        _meet()  # each warp knows of its own share of that step only
                         load(now - 1 + stages)
 
                     return _
@@ -290,6 +295,11 @@ def _store(bases: list[Any], out_type: Any, value: Any, node: int, m: Any, n: An
     with mgpu.utils.when(arith.andi(_less(m, _i32(results.m)), _less(n, _i32(sum(results.parts))))):
         base, offset = results.place(bases, node, m, n)
         llvm.store(value, mgpu.utils.getelementptr(base, [offset], out_type))
+
+
+def _meet() -> None:
+    """The warps of the block wait for each other."""
+    plgpu.inline_mgpu(arg_types=())(lambda ctx: mgpu.utils.warpgroup_barrier())()
 
 
 def _pair_column(thread: Any) -> Any:

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import settling
-from tbik_jax.kernels.matmul.hopper.large import ROWS, Problem, Tiles, out_width
+from tbik_jax.kernels.matmul.hopper.large import DEPTH, ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
 #: Shared memory of a multiprocessor, and what the system and the barriers of a block take of it.
@@ -21,8 +21,8 @@ SMALL_ROWS = 128
 def large_tiles(problem: Problem, blocks: int) -> Tiles:
     """The width whose last wave wastes least.
 
-    A tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that must leave in
-    pieces of 32 bytes, since nothing wider divides their rows, take longer than some columns more.
+    A step of a tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Every piece of 32
+    bytes in which results leave, where nothing wider divides the tile or the rows, takes that of 23 columns of one step.
     """
     program = problem.program
     # What waits in registers, a sum or an f32 result that leaves, takes as many as the accumulator; bf16 takes half.
@@ -37,12 +37,13 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         widths = tuple(columns for columns in widths if columns <= _WIDEST_OF_TWO)
     rows = -(-problem.m // (2 * ROWS)) * problem.batch
 
-    piece = out_width(192, problem.n, problem.out_dtype) * jnp.dtype(problem.out_dtype).itemsize
-    fixed = 27 if piece > 32 else 150
+    item = jnp.dtype(problem.out_dtype).itemsize
+    steps = -(-problem.k // DEPTH) * program.leaves
 
     def cost(columns: int) -> float:
         tiles = rows * -(-problem.n // (columns // parts))
-        return -(-tiles // blocks) * (columns + fixed)
+        narrow = out_width(columns // parts, problem.n, problem.out_dtype) * item <= 32
+        return -(-tiles // blocks) * (steps * (columns + 27) + (23 * columns * item // 32 if narrow else 0))
 
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
