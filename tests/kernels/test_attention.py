@@ -412,9 +412,11 @@ class TestHopper(Attention):
         assert_bitwise_equal(jax.jit(call)(q, k, v, positions), want, "again")
         for tiles in (
             PrefillTiles(stages=1),
-            PrefillTiles(order="tiles"),
+            PrefillTiles(together=1),
+            PrefillTiles(together=3),
             PrefillTiles(blocks=7),
-            PrefillTiles(merge="peeled"),
+            PrefillTiles(halves=False),
+            PrefillTiles(halves=False, stages=1),
             PrefillTiles(registers=(232, 40)),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want, str(tiles))
@@ -427,8 +429,22 @@ class TestHopper(Attention):
             DecodeTiles(blocks=5),
             DecodeTiles(blocks=5, whole=True),
             DecodeTiles(whole=False),
+            DecodeTiles(unroll=32, ahead=1),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want[:, -1:], str(tiles))
+
+    @pytest.mark.invariance
+    @pytest.mark.parametrize("last", [62, 63, 64, 65, 126, 127, 128, 129])
+    def test_half_blocks_cannot_be_seen(self, rng, last):
+        """A warpgroup's 64 queries end around the middle of a block, or its end; the other sequences' ones elsewhere."""
+        q, k, v, positions = self.draw(rng, 3, self.long)
+        want = np.asarray(self.run()(q, k, v, positions))
+        at = np.array([last - 63 + (last < 63), last - 63 + 512, last - 63 + 640])[:, None] + np.arange(190)
+        q = np.take_along_axis(q, at[:, :, None, None], axis=1)
+        want = np.take_along_axis(want, at[:, :, None, None], axis=1)
+        for halves in (True, False):
+            run = jax.jit(partial(hopper.attention, self.dim**-0.5, tiles=PrefillTiles(halves=halves)))
+            assert_bitwise_equal(run(q, k, v, at), want, f"halves={halves}")
 
     def test_what_a_backward_pass_needs(self, rng):
         q, k, v, positions = self.draw(rng, 2, 300)
@@ -443,20 +459,46 @@ class TestHopper(Attention):
 # Schedules -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["heads", "tiles"])
-@pytest.mark.parametrize("pairs, rows, group", [(16, 256, 4), (64, 64, 4), (256, 32, 4), (16, 32, 8), (3, 5, 1)])
-def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, group):
+@pytest.mark.parametrize("heads", [0, 1, 5, 1000])
+@pytest.mark.parametrize(
+    "pairs, rows, group", [(16, 256, 4), (64, 64, 4), (256, 32, 4), (16, 32, 8), (32, 32, 4), (3, 5, 1)]
+)
+def test_every_tile_has_its_turn_once_and_blocks_work_alike(heads, pairs, rows, group):
     grid, items = 132, pairs * rows
-    turn = prefill._turn(order, pairs, rows, group, grid)
+    together, turn = prefill._plan(pairs, rows, group, grid, heads)
     waves = np.arange(-(-items // grid))[:, None]
     of_blocks = waves * grid + prefill._place(waves, np.arange(grid), turn, grid)
     assert sorted(of_blocks.ravel()) == list(range(waves.size * grid))
-    pair, row = prefill._walk(np.arange(items), order, pairs, rows, group)
+    pair, row = prefill._walk(np.arange(items), pairs, rows, together)
     assert len({*zip(pair.tolist(), row.tolist(), strict=True)}) == items
     assert (pair.min(), pair.max(), row.min(), row.max()) == (0, pairs - 1, 0, rows - 1)
-    if waves.size > 30:
+    if waves.size > 30 or (waves.size > 7 and not heads):
         work = np.append(pair + 1, np.zeros(waves.size * grid - items))[of_blocks].sum(axis=0)
-        assert work.max() < 1.03 * work.mean()
+        assert work.max() < (1.03 if heads else 1.015) * work.mean()
+
+
+def test_few_heads_go_together_where_that_keeps_all_blocks_busy():
+    shapes = (16, 256), (64, 64), (32, 128), (16, 32), (32, 32), (256, 32)
+    assert [prefill._plan(*shape, 4, 132, 0)[0] // 4 for shape in shapes] == [16, 1, 2, 1, 2, 1]
+
+
+def test_blocks_that_a_tile_sees():
+    """For all queries; any of the upper half for some; anything for some."""
+    for first, last in (
+        (0, 63),
+        (0, 62),
+        (0, 64),
+        (5, 65),
+        (127, 127),
+        (126, 190),
+        (127, 191),
+        (128, 192),
+        (300, 1023),
+    ):
+        seen = np.arange(1152) <= np.array([first, last])[:, None]
+        blocks = seen.reshape(2, -1, 128)
+        want = blocks[0].all(axis=1).sum(), blocks[1][:, 64:].any(axis=1).sum(), blocks[1].any(axis=1).sum()
+        assert tuple(map(int, prefill._seen(first, last))) == want, (first, last)
 
 
 # Interpreted ---------------------------------------------------------------------------------------------------------
@@ -467,16 +509,47 @@ def test_every_tile_has_its_turn_once_and_blocks_work_alike(order, pairs, rows, 
 @pytest.mark.parametrize(
     "queries, page, tiles",
     [
-        (1, 0, DecodeTiles(chunk=2, unroll=2)),
+        (1, 0, DecodeTiles(chunk=2, unroll=2, ahead=1)),
         (1, 16, DecodeTiles(slots=3)),
         (3, 64, DecodeTiles(whole=True)),
-        (200, 0, PrefillTiles()),
-        (70, 64, PrefillTiles(order="tiles")),
-        (200, 256, PrefillTiles(merge="peeled", stages=1)),
+        (70, 64, PrefillTiles(together=1)),
+        (200, 256, PrefillTiles(stages=1)),
+        (300, 0, PrefillTiles(together=4, halves=False)),
     ],
 )
-def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles):
-    """Rings, splits, masks and pages. The interpreter knows neither Mosaic's own operations nor operands in registers."""
+def test_control_flow_in_the_interpreter(rng, interpreter, queries, page, tiles):
+    """Rings, splits, masks and pages."""
+    length = 1030
+    q, k, v, _ = inputs(rng, 2, length, 64, jnp.bfloat16)
+    q, positions = q[:, :queries], rng.integers(0, length, (2, queries))
+    table, *pages = in_pages(rng, page, k, v) if page else (None, k, v)
+    got = hopper.attention(0.125, *map(jnp.asarray, (q, *pages, positions)), None, table, tiles=tiles)
+    assert_near(got, q, k, v, positions)
+
+
+@interpreted
+@pytest.mark.newest
+@pytest.mark.parametrize("last", [(62, 63), (64, 65), (126, 127), (128, 129), (190, 511), (575, 576)])
+@pytest.mark.parametrize("other", ["next", "far", "before"])
+def test_half_blocks_in_the_interpreter(rng, interpreter, last, other):
+    """The first warpgroup's queries end there in two sequences; the second one's are the next, or far, or come before."""
+    q, k, v, _ = inputs(rng, 2, 770, 64, jnp.bfloat16, heads=KV_HEADS)
+    q = q[:, :128]
+    first = np.maximum(np.array(last)[:, None] - np.arange(63, -1, -1), 0)
+    second = {"next": first + 64, "far": first + 180, "before": np.maximum(first - 130, 0)}[other]
+    positions = np.concatenate([first, second], axis=1)
+    got = hopper.attention(0.125, *map(jnp.asarray, (q, k, v, positions)), None, tiles=PrefillTiles())
+    assert_near(got, q, k, v, positions)
+
+
+def assert_near(got: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+    want, magnitude = reference(q, k, v, positions, 0.125)
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * 1.01 * (magnitude + np.abs(want)) + 1e-4).all()
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """It knows neither Mosaic's own operations nor operands in registers."""
 
     def add_values(acc, p, values, meanwhile=lambda: None):
         acc = acc + jnp.dot(p.astype(jnp.float32), values[...].astype(jnp.float32))
@@ -489,19 +562,19 @@ def test_control_flow_in_the_interpreter(rng, monkeypatch, queries, page, tiles)
     def store_rows(gmem, values, rows):
         gmem[...] = jnp.stack([x[:rows] for x in values])
 
+    def bounds_of(positions):
+        here = positions[...].reshape(2, -1)
+        mine = here[jax.lax.axis_index("wg") % 2]
+        return here.max(), mine.max(), mine.min()
+
     monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(prefill, "_bounds_of", bounds_of)
     monkeypatch.setattr(formula, "fma", lambda a, b, c, layout: a * b + c)
     monkeypatch.setattr(formula, "add_values", add_values)
     monkeypatch.setattr(decode, "_store", store)
     monkeypatch.setattr(decode, "_store_rows", store_rows)
-    length = 1030
-    q, k, v, _ = inputs(rng, 2, length, 64, jnp.bfloat16)
-    q, positions = q[:, :queries], rng.integers(0, length, (2, queries))
-    table, *pages = in_pages(rng, page, k, v) if page else (None, k, v)
     with plgpu.force_gpu_interpret_mode():
-        got = hopper.attention(0.125, *map(jnp.asarray, (q, *pages, positions)), None, table, tiles=tiles)
-    want, magnitude = reference(q, k, v, positions, 0.125)
-    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * 1.01 * (magnitude + np.abs(want)) + 1e-4).all()
+        yield
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,6 @@ Spread = Callable[[Array], Array]
 #: Keys of a block and of a split, from position 0.
 BLOCK, SPLIT = 128, 512
 BLOCKS_A_SPLIT = SPLIT // BLOCK
-#: Which product of a merge is rounded: that of the later state, or of the earlier one.
-ROUNDS_LATER = True
 
 #: Approximate exp2, log2 and reciprocals: in every kernel, or the bits differ.
 PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
@@ -103,27 +101,11 @@ def weigh(scores: Array, state: State, c: float) -> tuple[Array, State]:
 
 
 def merge(first: State, later: State, spread: Spread, layout: Any, row_layout: Any) -> State:
-    """The state of two neighbouring ranges."""
-    if ROUNDS_LATER:
-        return merge_end(first, merge_begin(first, later, spread), spread, layout, row_layout)
+    """The state of two neighbouring ranges; the later one's products are rounded."""
     (acc1, m1, l1), (acc2, m2, l2) = first, later
     m = jnp.maximum(m1, m2)
     w1, w2 = jnp.exp2(m1 - _finite(m)), jnp.exp2(m2 - _finite(m))
-    return fma(acc2, spread(w2), acc1 * spread(w1), layout), m, fma(l2, w2, l1 * w1, row_layout)
-
-
-def merge_begin(first: State, later: State, spread: Spread) -> State:
-    """All of :func:`merge` that reads the later state's sums: the tensor cores that made them may then go on."""
-    m = jnp.maximum(first[1], later[1])
-    w = jnp.exp2(later[1] - _finite(m))
-    return later[0] * spread(w), m, later[2] * w
-
-
-def merge_end(first: State, begun: State, spread: Spread, layout: Any, row_layout: Any) -> State:
-    """The rest of it."""
-    acc, m, total = begun
-    w = jnp.exp2(first[1] - _finite(m))
-    return fma(first[0], spread(w), acc, layout), m, fma(first[2], w, total, row_layout)
+    return fma(acc1, spread(w1), acc2 * spread(w2), layout), m, fma(l1, w1, l2 * w2, row_layout)
 
 
 def finish(state: State, spread: Spread, layout: Any, dtype: Any) -> Array:
