@@ -415,8 +415,8 @@ class TestHopper(Attention):
             PrefillTiles(together=1),
             PrefillTiles(together=3),
             PrefillTiles(blocks=7),
-            PrefillTiles(halves=False),
-            PrefillTiles(halves=False, stages=1),
+            PrefillTiles(cluster=2),
+            PrefillTiles(cluster=2, stages=1, together=1),
             PrefillTiles(registers=(232, 40)),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want, str(tiles))
@@ -429,22 +429,19 @@ class TestHopper(Attention):
             DecodeTiles(blocks=5),
             DecodeTiles(blocks=5, whole=True),
             DecodeTiles(whole=False),
-            DecodeTiles(unroll=32, ahead=1),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want[:, -1:], str(tiles))
 
     @pytest.mark.invariance
     @pytest.mark.parametrize("last", [62, 63, 64, 65, 126, 127, 128, 129])
-    def test_half_blocks_cannot_be_seen(self, rng, last):
-        """A warpgroup's 64 queries end around the middle of a block, or its end; the other sequences' ones elsewhere."""
+    def test_queries_end_anywhere_in_a_block(self, rng, last):
+        """Those of a warpgroup around its middle, or its end; the other sequences' ones elsewhere."""
         q, k, v, positions = self.draw(rng, 3, self.long)
         want = np.asarray(self.run()(q, k, v, positions))
         at = np.array([last - 63 + (last < 63), last - 63 + 512, last - 63 + 640])[:, None] + np.arange(190)
         q = np.take_along_axis(q, at[:, :, None, None], axis=1)
         want = np.take_along_axis(want, at[:, :, None, None], axis=1)
-        for halves in (True, False):
-            run = jax.jit(partial(hopper.attention, self.dim**-0.5, tiles=PrefillTiles(halves=halves)))
-            assert_bitwise_equal(run(q, k, v, at), want, f"halves={halves}")
+        assert_bitwise_equal(self.run()(q, k, v, at), want)
 
     def test_what_a_backward_pass_needs(self, rng):
         q, k, v, positions = self.draw(rng, 2, 300)
@@ -482,25 +479,6 @@ def test_few_heads_go_together_where_that_keeps_all_blocks_busy():
     assert [prefill._plan(*shape, 4, 132, 0)[0] // 4 for shape in shapes] == [16, 1, 2, 1, 2, 1]
 
 
-def test_blocks_that_a_tile_sees():
-    """For all queries; any of the upper half for some; anything for some."""
-    for first, last in (
-        (0, 63),
-        (0, 62),
-        (0, 64),
-        (5, 65),
-        (127, 127),
-        (126, 190),
-        (127, 191),
-        (128, 192),
-        (300, 1023),
-    ):
-        seen = np.arange(1152) <= np.array([first, last])[:, None]
-        blocks = seen.reshape(2, -1, 128)
-        want = blocks[0].all(axis=1).sum(), blocks[1][:, 64:].any(axis=1).sum(), blocks[1].any(axis=1).sum()
-        assert tuple(map(int, prefill._seen(first, last))) == want, (first, last)
-
-
 # Interpreted ---------------------------------------------------------------------------------------------------------
 
 
@@ -509,12 +487,12 @@ def test_blocks_that_a_tile_sees():
 @pytest.mark.parametrize(
     "queries, page, tiles",
     [
-        (1, 0, DecodeTiles(chunk=2, unroll=2, ahead=1)),
+        (1, 0, DecodeTiles(chunk=2, unroll=2)),
         (1, 16, DecodeTiles(slots=3)),
         (3, 64, DecodeTiles(whole=True)),
         (70, 64, PrefillTiles(together=1)),
         (200, 256, PrefillTiles(stages=1)),
-        (300, 0, PrefillTiles(together=4, halves=False)),
+        (300, 0, PrefillTiles(together=4)),
     ],
 )
 def test_control_flow_in_the_interpreter(rng, interpreter, queries, page, tiles):
@@ -531,7 +509,7 @@ def test_control_flow_in_the_interpreter(rng, interpreter, queries, page, tiles)
 @pytest.mark.newest
 @pytest.mark.parametrize("last", [(62, 63), (64, 65), (126, 127), (128, 129), (190, 511), (575, 576)])
 @pytest.mark.parametrize("other", ["next", "far", "before"])
-def test_half_blocks_in_the_interpreter(rng, interpreter, last, other):
+def test_queries_end_anywhere_in_the_interpreter(rng, interpreter, last, other):
     """The first warpgroup's queries end there in two sequences; the second one's are the next, or far, or come before."""
     q, k, v, _ = inputs(rng, 2, 770, 64, jnp.bfloat16, heads=KV_HEADS)
     q = q[:, :128]
@@ -564,8 +542,7 @@ def interpreter(monkeypatch):
 
     def bounds_of(positions):
         here = positions[...].reshape(2, -1)
-        mine = here[jax.lax.axis_index("wg") % 2]
-        return here.max(), mine.max(), mine.min()
+        return here.max(), here[jax.lax.axis_index("wg") % 2].min()
 
     monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
     monkeypatch.setattr(prefill, "_bounds_of", bounds_of)

@@ -47,8 +47,6 @@ class DecodeTiles:
         chunk: Splits whose states the merge brings at once.
         blocks: At most so many thread blocks; 0: one per multiprocessor.
         whole: A thread block takes all splits of a pair. None: where that keeps most multiprocessors at work.
-        ahead: Blocks of keys and of values that are asked for before anything is known of the position, if they lie side by
-            side; they come to the L2 cache in vain where the position is before them.
     """
 
     slots: int = 0
@@ -56,7 +54,6 @@ class DecodeTiles:
     chunk: int = 64
     blocks: int = 0
     whole: bool | None = None
-    ahead: int = 0
 
 
 def attention(
@@ -101,15 +98,7 @@ def attention(
         ]
     options = {"has_heads": kv_head_of is not None, "has_table": table is not None, "has_rows": queries > 1}
     found = plgpu.kernel(
-        functools.partial(
-            _walk,
-            c=c,
-            cache=cache,
-            slots=tiles.slots or _slots(dim, q.dtype),
-            whole=whole,
-            ahead=tiles.ahead if kv_head_of is None and table is None else 0,
-            **options,
-        ),
+        functools.partial(_walk, c=c, cache=cache, slots=tiles.slots or _slots(dim, q.dtype), whole=whole, **options),
         out_type=out_type,
         grid=(min(most, pairs if whole else pairs * splits),),
         kernel_name="attention_decode",
@@ -133,7 +122,7 @@ def _is_busy(pairs: int, multiprocessors: int) -> bool:
     return 4 * pairs >= 3 * multiprocessors * -(-pairs // multiprocessors)
 
 
-def _walk(*refs: Ref, c, cache, slots, whole, ahead, has_heads, has_table, has_rows):
+def _walk(*refs: Ref, c, cache, slots, whole, has_heads, has_table, has_rows):
     """The states of all splits; if ``whole``, merged, and the results."""
     q_gmem, k_gmem, v_gmem, bounds_gmem, *rest = refs
     heads_gmem: Ref = rest.pop(0) if has_heads else None
@@ -160,14 +149,11 @@ def _walk(*refs: Ref, c, cache, slots, whole, ahead, has_heads, has_table, has_r
     def _(q_smem, kv_smem, full, free, q_full, q_free):
         wg, cta = lax.axis_index("wg"), lax.axis_index("grid")
 
-        def place(i):
+        def unpack(i):
             # Neighbouring thread blocks read neighbouring heads of the same positions.
             item = cta + i * grid
             of, run = lax.rem(item, i32(groups)), lax.rem(lax.div(item, i32(groups)), i32(runs))
-            return lax.div(item, i32(groups * runs)), of, run
-
-        def unpack(i):
-            batch, of, run = place(i)
+            batch = lax.div(item, i32(groups * runs))
 
             def inside(blocks):
                 return blocks if whole else jnp.clip(blocks - run * BLOCKS_A_SPLIT, 0, BLOCKS_A_SPLIT)
@@ -195,10 +181,6 @@ def _walk(*refs: Ref, c, cache, slots, whole, ahead, has_heads, has_table, has_r
         @pl.when(wg == 1)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
-            batch, of, run = place(i32(0))
-            for j in range(ahead):
-                for ref in (k_gmem, v_gmem):
-                    plgpu.async_prefetch(ref.at[batch, of, pl.ds((run * BLOCKS_A_SPLIT + j) * BLOCK, BLOCK)])
 
             def item(at, done, number):
                 batch, of, run, _, blocks = at

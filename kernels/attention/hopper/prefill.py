@@ -48,15 +48,14 @@ class PrefillTiles:
         stages: Blocks of keys, and of values, on their way.
         together: KV heads whose tiles are walked through together, all of one length in turn: the more, the better do blocks of
             few tiles share the work; the fewer, the longer do keys stay in the L2 cache. 0: as few as share it well.
-        halves: Whether a warpgroup computes half of a block whose upper half none of its queries sees, and nothing of one
-            that none of them sees; or all that the other one sees, with weights of 0.
+        cluster: Blocks, of as many query heads of one KV head, that share the keys and values they read by multicast: 1, 2 or 4.
         blocks: At most so many thread blocks; 0: one per multiprocessor.
         registers: Of a thread that computes, and of one that loads.
     """
 
     stages: int = 2
     together: int = 0
-    halves: bool = True
+    cluster: int = 1
     blocks: int = 0
     registers: tuple[int, int] = (240, 24)
 
@@ -81,7 +80,7 @@ def attention(
     q = jnp.pad(q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0)))  # TMA wants whole tiles of 8 rows
     # Rows that are not there look where the last one does, and are not written.
     positions = jnp.pad(positions.astype(jnp.int32), ((0, 0), (0, pairs * _PAIR - queries)), mode="edge")
-    count = min(tiles.blocks or multiprocessors, pairs * batch * heads)
+    count = min((tiles.blocks or multiprocessors) // tiles.cluster, pairs * batch * heads // tiles.cluster)
     out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     if with_lse:
         out_type.append(jax.ShapeDtypeStruct((batch, heads, pairs * _PAIR), jnp.float32))
@@ -101,14 +100,15 @@ def attention(
         grid_names=("grid",),
         num_threads=3,
         thread_name="wg",
+        **({"cluster": (tiles.cluster,), "cluster_names": ("cluster",)} if tiles.cluster > 1 else {}),
         compiler_params=formula.PARAMS,
     )(*unsliced(q, k, v, positions, *extra))
     return out[0][:, :queries], out[1][:, :, :queries] if with_lse else None
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROWS),) * 3)
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(plgpu.ShapeDtypeStruct((), jnp.int32, layout=ROWS),) * 2)
 def _bounds_of(ctx: Any, positions: Any) -> Any:
-    """The last of a pair's positions, and the last and the first of this warpgroup's tile; each warp by itself, 4 a lane."""
+    """The last of a pair's positions, and the first of this warpgroup's tile; each warp by itself, 4 a lane."""
     utils, i32 = mgpu.utils, ir.IntegerType.get_signless(32)
     lane = arith.remui(utils.thread_idx(), utils.c(32, i32))
     start = utils.getelementptr(utils.memref_ptr(positions), [arith.muli(lane, utils.c(4, i32))], i32)
@@ -117,19 +117,10 @@ def _bounds_of(ctx: Any, positions: Any) -> Any:
     last, first = (functools.reduce(of, mine) for of in (arith.maxsi, arith.minsi))
     wg = arith.divui(utils.thread_idx(), utils.c(128, i32))
     of_tile = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(lane, utils.c(QUERIES // 4, i32)), wg)
-    of_tile_last = arith.select(of_tile, last, utils.c(-(2**31), i32))
     first = arith.select(of_tile, first, utils.c(2**31 - 1, i32))
     high, low = nvvm.ReductionKind.MAX, nvvm.ReductionKind.MIN
-    found = (
-        nvvm.redux_sync(x, kind, utils.c(-1, i32)) for x, kind in ((last, high), (of_tile_last, high), (first, low))
-    )
+    found = (nvvm.redux_sync(x, kind, utils.c(-1, i32)) for x, kind in ((last, high), (first, low)))
     return [mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in found]
-
-
-def _seen(first: Any, last: Any) -> tuple[Any, Any, Any]:
-    """Blocks of keys that all queries from position ``first`` to ``last`` see; any of the upper half of; anything of."""
-    halves = lax.div(jnp.maximum(last, 0), jnp.int32(BLOCK // 2)) + 1
-    return lax.div(first + 1, jnp.int32(BLOCK)), lax.div(halves, jnp.int32(2)), lax.div(halves + 1, jnp.int32(2))
 
 
 def _walk(item: Any, pairs: int, rows: int, together: int) -> tuple[Any, Any]:
@@ -186,9 +177,13 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     kv_heads = k_gmem.shape[1]
     group = heads // kv_heads if heads % kv_heads == 0 else 1
     pairs = positions_gmem.shape[1] // _PAIR
-    items, stages = pairs * batches * heads, tiles.stages
+    shared = tiles.cluster  # query heads, one for each block of a cluster
+    items, stages = pairs * batches * heads // shared, tiles.stages
     grid = lax.axis_size("grid")
     i32 = jnp.int32
+    free: Any = plgpu.Barrier
+    if shared > 1:
+        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
 
     scopes = {
         "qo_smem": plgpu.SMEM((_Q_SLOTS, 2, QUERIES, dim), dtype, transforms=swizzled(dtype)),
@@ -199,8 +194,8 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         "q_free": plgpu.Barrier(num_arrivals=2, num_barriers=_Q_SLOTS),
         "k_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "k_free": free(num_arrivals=2, num_barriers=stages),
+        "v_free": free(num_arrivals=2, num_barriers=stages),
         "order": plgpu.Barrier(num_arrivals=2),
     }
     if lse_gmem:
@@ -222,14 +217,17 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         lse_smem=None,
     ):
         cta, wg = lax.axis_index("grid"), lax.axis_index("wg")
-        together, turn = _plan(pairs, batches * heads, group, grid, tiles.together)
+        head_of_cluster = lax.axis_index("cluster") if shared > 1 else 0
+        rows_of_clusters, clusters_of_row = batches * heads // shared, heads // shared
+        together, turn = _plan(pairs, rows_of_clusters, max(1, group // shared), grid, tiles.together)
         waves, remainder = divmod(items, grid)
         mine = waves + (_place(i32(waves), cta, turn, grid) < remainder).astype(i32)
 
         def unpack(i):
             item = i * grid + _place(i, cta, turn, grid)
-            pair, row = _walk(item, pairs, batches * heads, together)
-            return lax.div(row, i32(heads)), lax.rem(row, i32(heads)), pair
+            pair, row = _walk(item, pairs, rows_of_clusters, together)
+            head = lax.rem(row, i32(clusters_of_row)) * shared + head_of_cluster
+            return lax.div(row, i32(clusters_of_row)), head, pair
 
         def positions_of(batch, pair):
             return positions_gmem.at[batch, pl.ds(pair * _PAIR, _PAIR)]
@@ -266,13 +264,23 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                         def _(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
-                        cache.load(ref, places, kv_head, smem.at[slot], full.at[slot])
+                        cache.load(
+                            ref, places, kv_head, smem.at[slot], full.at[slot], "cluster" if shared > 1 else None
+                        )
                     return _
 
                 lax.fori_loop(0, steps, step, None)
                 return base + steps
 
-            lax.fori_loop(0, mine, item, i32(0))
+            total = lax.fori_loop(0, mine, item, i32(0))
+            if shared > 1:
+                # A block must not leave while its neighbour still signals to it.
+                def drain(step, _):
+                    for free in (k_free, v_free):
+                        plgpu.barrier_wait(free.at[lax.rem(step, i32(stages))])
+                    return _
+
+                lax.fori_loop(lax.max(total - stages, 0), total, drain, None)
 
         @pl.when(wg != 2)
         def _compute():
@@ -292,14 +300,13 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                 def _():
                     plgpu.barrier_wait(k_full.at[lax.rem(base + step + 1, i32(stages))])
 
-            def block(step, i, base, steps, qo, states, *, mask, keys):
-                """The first keys of a block; ``states`` are the running split's and that of all finished ones."""
+            def block(step, i, base, steps, qo, states, *, mask):
+                """A block of keys; ``states`` are the running split's and that of all finished ones."""
                 running, done = states
                 slot = lax.rem(base + step, i32(stages))
-                part = pl.ds(0, keys)
 
                 def scores(ref):
-                    plgpu.wgmma(ref, qo, plgpu.transpose_ref(k_smem.at[slot, part], (1, 0)))
+                    plgpu.wgmma(ref, qo, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
                     swap()
                     pl.when((step == 0) & (i > 0))(lambda: release(i))
                     merged = lax.cond(
@@ -309,27 +316,16 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                     )
                     return ref[...], merged
 
-                qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, keys), jnp.float32))
+                qk, (running, done) = pl.run_scoped(scores, plgpu.ACC((QUERIES, BLOCK), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 p, (acc, m, total) = formula.weigh(mask(qk, step), running, c)
                 acc, m, total, p = lax.optimization_barrier((acc, m, total, p.astype(dtype)))
                 plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_wait(order)
-                acc = formula.add_values(acc, p, v_smem.at[slot, part], lambda: keys_after(step, base, steps))
+                acc = formula.add_values(acc, p, v_smem.at[slot], lambda: keys_after(step, base, steps))
                 plgpu.barrier_arrive(v_free.at[slot])
                 return (acc, m, total), done
-
-            def unseen(step, base, steps):
-                """A block that the other warpgroup alone sees: its turns and its slot, and nothing else."""
-                slot = lax.rem(base + step, i32(stages))
-                swap()
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_arrive(order)
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(order)
-                keys_after(step, base, steps)
-                plgpu.barrier_arrive(v_free.at[slot])
 
             def item(i, base):
                 batch, head, pair = unpack(i)
@@ -338,11 +334,9 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                 qo = qo_smem.at[q_slot, wg]
                 positions = positions_smem.at[q_slot, pl.ds(wg * QUERIES, QUERIES)]
                 plgpu.barrier_wait(q_full.at[q_slot])
-                last, last_here, first = _bounds_of(positions_smem.at[q_slot])
+                last, first = _bounds_of(positions_smem.at[q_slot])
                 steps = lax.div(last, i32(BLOCK)) + 1
-                unmasked, entire, touched = _seen(first, last_here)
-                if not tiles.halves:
-                    entire = steps
+                unmasked = lax.div(first + 1, i32(BLOCK))  # blocks that all of the tile's queries see
                 plgpu.barrier_wait(k_full.at[lax.rem(base, i32(stages))])
 
                 pl.when(i > 0)(lambda: plgpu.barrier_wait(order))
@@ -355,18 +349,14 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                     keys = plgpu.broadcasted_iota(i32, scores.shape, 1, layout=TILE)
                     return formula.hidden(scores, keys <= formula.over(at - step * BLOCK, scores.shape))
 
-                def walk(low, high, states, mask, keys=BLOCK):
-                    one = functools.partial(block, i=i, base=base, steps=steps, qo=qo, mask=mask, keys=keys)
+                def walk(low, high, states, mask):
+                    one = functools.partial(block, i=i, base=base, steps=steps, qo=qo, mask=mask)
                     return lax.fori_loop(low, high, lambda step, states: one(step, states=states), states)
 
                 # Hidden from the compiler, which would write them once for every loop that may be the first to run.
                 states = lax.optimization_barrier((formula.empty(QUERIES, dim),) * 2)
                 states = walk(0, unmasked, states, whole)
-                states = walk(unmasked, entire, states, masked)
-                if tiles.halves:
-                    # The weights left out are zeros, last in every partial sum: the same bits.
-                    states = walk(entire, touched, states, masked, BLOCK // 2)
-                    lax.fori_loop(touched, steps, lambda step, _: unseen(step, base, steps), None)
+                states = walk(unmasked, steps, states, masked)
                 plgpu.barrier_arrive(order)  # the other's last values need not wait for what follows
                 running, done = states
                 state = formula.merge(done, running, spread, TILE, ROWS)

@@ -21,8 +21,8 @@ SMALL_ROWS = 128
 def large_tiles(problem: Problem, blocks: int) -> Tiles:
     """The width whose last wave wastes least.
 
-    A step of a tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Every piece of 32
-    bytes in which results leave, where nothing wider divides the tile or the rows, takes that of 23 columns of one step.
+    A step of a tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that leave in
+    rows of 32 bytes, since nothing wider divides them, take that of 23 for each such piece, unless the leaf has a step for it.
     """
     program = problem.program
     # What waits in registers, a sum or an f32 result that leaves, takes as many as the accumulator; bf16 takes half.
@@ -38,12 +38,14 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
     rows = -(-problem.m // (2 * ROWS)) * problem.batch
 
     item = jnp.dtype(problem.out_dtype).itemsize
-    steps = -(-problem.k // DEPTH) * program.leaves
+    steps = -(-problem.k // DEPTH)  # of a leaf
 
     def cost(columns: int) -> float:
         tiles = rows * -(-problem.n // (columns // parts))
-        narrow = out_width(columns // parts, problem.n, problem.out_dtype) * item <= 32
-        return -(-tiles // blocks) * (steps * (columns + 27) + (23 * columns * item // 32 if narrow else 0))
+        width = out_width(columns // parts, problem.n, problem.out_dtype)
+        pieces = columns // parts // width
+        leave = 23 * pieces if width * item <= 32 and pieces > steps else 0
+        return -(-tiles // blocks) * (steps * program.leaves * (columns + 27) + leave)
 
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
@@ -74,7 +76,10 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     near = min(
         waits * settling.accesses(ROWS, columns), (_SHARED - 2 * _TAKEN - out - stages * stage) // (8 * settling.WORDS)
     )
-    pairs = problem.k * program.leaves >= 16384 if few else rows % 2 == 0 and waits > 1 and columns > 160
+    if few:
+        pairs = problem.k * program.leaves >= 16384
+    else:  # also where few rows meet many columns, which then come from device memory
+        pairs = rows % 2 == 0 and columns > 160 and (waits > 1 or (rows <= 8 and problem.n > 16384))
     # One warpgroup adds a leaf, or gates, while the other multiplies. Short leaves of narrow tiles gain nothing.
     turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
     turns = turns or problem.up is not None
