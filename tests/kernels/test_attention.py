@@ -415,8 +415,7 @@ class TestHopper(Attention):
             PrefillTiles(together=1),
             PrefillTiles(together=3),
             PrefillTiles(blocks=7),
-            PrefillTiles(cluster=2),
-            PrefillTiles(cluster=2, stages=1, together=1),
+            PrefillTiles(stages=1, together=1),
             PrefillTiles(registers=(232, 40)),
         ):
             assert_bitwise_equal(jax.jit(partial(call, tiles=tiles))(q, k, v, positions), want, str(tiles))

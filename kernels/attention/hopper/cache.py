@@ -44,23 +44,12 @@ class Cache:
         last = self.size // self.page - 1
         return [(table[batch, jnp.minimum(block * self.copies + i, last)], 0) for i in range(self.copies)]
 
-    def load(
-        self,
-        ref: Ref,
-        places: list[tuple[Array, Array | int]],
-        head: Array,
-        slot: Ref,
-        barrier: Ref,
-        shared_over: str | None = None,
-    ) -> None:
-        """Bring a block of one head to ``slot [128, D]``; ``barrier`` expects :attr:`copies` arrivals.
-
-        ``shared_over``: an axis of thread blocks that all want it; each brings a part, for all.
-        """
+    def load(self, ref: Ref, places: list[tuple[Array, Array | int]], head: Array, slot: Ref, barrier: Ref) -> None:
+        """Bring a block of one head to ``slot [128, D]``; ``barrier`` expects :attr:`copies` arrivals."""
         rows = BLOCK // self.copies
         for i, (first, row) in enumerate(places):
             to = slot if self.copies == 1 else slot.at[pl.ds(i * rows, rows)]
-            plgpu.copy_gmem_to_smem(ref.at[first, head, pl.ds(row, rows)], to, barrier, collective_axes=shared_over)
+            plgpu.copy_gmem_to_smem(ref.at[first, head, pl.ds(row, rows)], to, barrier)
 
 
 def swizzled(dtype: Any) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ state of finished splits stays in registers beside the running one; the result l
 the next tile runs. A warpgroup lets the other one go on before it finishes and stores its results.
 
 Measured and dropped: the finished state in shared memory (0.83-0.91 of cuDNN, registers 0.92-0.98); blocks of 64 keys;
-a block per tile instead of persistent ones; of 8 x 2048, letting the other warpgroup go on with the next tile's first scores
-(1 % slower), and bounds of the tiles from a kernel of XLA's (2 %). States that stay in registers from tile to tile spill.
+a block per tile instead of persistent ones; keys shared by multicast between two query heads (4 % slower); of 8 x 2048,
+letting the other warpgroup go on only with the next tile's first scores (1 % slower), and bounds of the tiles from a kernel
+of XLA's (2 %). States that stay in registers from tile to tile spill.
 """
 
 from __future__ import annotations
@@ -48,14 +49,12 @@ class PrefillTiles:
         stages: Blocks of keys, and of values, on their way.
         together: KV heads whose tiles are walked through together, all of one length in turn: the more, the better do blocks of
             few tiles share the work; the fewer, the longer do keys stay in the L2 cache. 0: as few as share it well.
-        cluster: Blocks, of as many query heads of one KV head, that share the keys and values they read by multicast: 1, 2 or 4.
         blocks: At most so many thread blocks; 0: one per multiprocessor.
         registers: Of a thread that computes, and of one that loads.
     """
 
     stages: int = 2
     together: int = 0
-    cluster: int = 1
     blocks: int = 0
     registers: tuple[int, int] = (240, 24)
 
@@ -80,7 +79,7 @@ def attention(
     q = jnp.pad(q, ((0, 0), (0, -queries % 8), (0, 0), (0, 0)))  # TMA wants whole tiles of 8 rows
     # Rows that are not there look where the last one does, and are not written.
     positions = jnp.pad(positions.astype(jnp.int32), ((0, 0), (0, pairs * _PAIR - queries)), mode="edge")
-    count = min((tiles.blocks or multiprocessors) // tiles.cluster, pairs * batch * heads // tiles.cluster)
+    count = min(tiles.blocks or multiprocessors, pairs * batch * heads)
     out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     if with_lse:
         out_type.append(jax.ShapeDtypeStruct((batch, heads, pairs * _PAIR), jnp.float32))
@@ -100,7 +99,6 @@ def attention(
         grid_names=("grid",),
         num_threads=3,
         thread_name="wg",
-        **({"cluster": (tiles.cluster,), "cluster_names": ("cluster",)} if tiles.cluster > 1 else {}),
         compiler_params=formula.PARAMS,
     )(*unsliced(q, k, v, positions, *extra))
     return out[0][:, :queries], out[1][:, :, :queries] if with_lse else None
@@ -177,13 +175,9 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
     kv_heads = k_gmem.shape[1]
     group = heads // kv_heads if heads % kv_heads == 0 else 1
     pairs = positions_gmem.shape[1] // _PAIR
-    shared = tiles.cluster  # query heads, one for each block of a cluster
-    items, stages = pairs * batches * heads // shared, tiles.stages
+    items, stages = pairs * batches * heads, tiles.stages
     grid = lax.axis_size("grid")
     i32 = jnp.int32
-    free: Any = plgpu.Barrier
-    if shared > 1:
-        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
 
     scopes = {
         "qo_smem": plgpu.SMEM((_Q_SLOTS, 2, QUERIES, dim), dtype, transforms=swizzled(dtype)),
@@ -194,8 +188,8 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         "q_free": plgpu.Barrier(num_arrivals=2, num_barriers=_Q_SLOTS),
         "k_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=cache.copies, num_barriers=stages),
-        "k_free": free(num_arrivals=2, num_barriers=stages),
-        "v_free": free(num_arrivals=2, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "order": plgpu.Barrier(num_arrivals=2),
     }
     if lse_gmem:
@@ -217,17 +211,14 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
         lse_smem=None,
     ):
         cta, wg = lax.axis_index("grid"), lax.axis_index("wg")
-        head_of_cluster = lax.axis_index("cluster") if shared > 1 else 0
-        rows_of_clusters, clusters_of_row = batches * heads // shared, heads // shared
-        together, turn = _plan(pairs, rows_of_clusters, max(1, group // shared), grid, tiles.together)
+        together, turn = _plan(pairs, batches * heads, group, grid, tiles.together)
         waves, remainder = divmod(items, grid)
         mine = waves + (_place(i32(waves), cta, turn, grid) < remainder).astype(i32)
 
         def unpack(i):
             item = i * grid + _place(i, cta, turn, grid)
-            pair, row = _walk(item, pairs, rows_of_clusters, together)
-            head = lax.rem(row, i32(clusters_of_row)) * shared + head_of_cluster
-            return lax.div(row, i32(clusters_of_row)), head, pair
+            pair, row = _walk(item, pairs, batches * heads, together)
+            return lax.div(row, i32(heads)), lax.rem(row, i32(heads)), pair
 
         def positions_of(batch, pair):
             return positions_gmem.at[batch, pl.ds(pair * _PAIR, _PAIR)]
@@ -264,23 +255,13 @@ def _kernel(*refs: Ref, c, cache, tiles: PrefillTiles, has_heads, has_table):
                         def _(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
-                        cache.load(
-                            ref, places, kv_head, smem.at[slot], full.at[slot], "cluster" if shared > 1 else None
-                        )
+                        cache.load(ref, places, kv_head, smem.at[slot], full.at[slot])
                     return _
 
                 lax.fori_loop(0, steps, step, None)
                 return base + steps
 
-            total = lax.fori_loop(0, mine, item, i32(0))
-            if shared > 1:
-                # A block must not leave while its neighbour still signals to it.
-                def drain(step, _):
-                    for free in (k_free, v_free):
-                        plgpu.barrier_wait(free.at[lax.rem(step, i32(stages))])
-                    return _
-
-                lax.fori_loop(lax.max(total - stages, 0), total, drain, None)
+            lax.fori_loop(0, mine, item, i32(0))
 
         @pl.when(wg != 2)
         def _compute():
