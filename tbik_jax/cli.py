@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Bitwise-identical transformers on any device mesh.",
 )
 out, err = Console(), Console(stderr=True)
-if not out.is_terminal and "COLUMNS" not in os.environ:
+if not out.is_terminal:
     out.width = 160  # a file or a pipe has no width of its own
 
 _MODEL = "smollm2, tiny, a Hugging Face folder, or a .gguf file."
