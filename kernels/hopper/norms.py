@@ -139,6 +139,10 @@ class _Rows:
     leaves: int = 1
     heads: int = 1
 
+    def blocks(self, rows: int) -> int:
+        """Of a leaf, where each takes so many of its rows."""
+        return -(-self.rows // rows)
+
 
 def _gradients(
     xs: Sequence[Array],
@@ -153,10 +157,13 @@ def _gradients(
 ) -> tuple[list[Array], list[Array]]:
     """Of arrays ``[rows, D]`` in one launch: the gradients of each, and of its scale ``[leaves, D]``, of that dtype."""
     d, together = xs[0].shape[1], _rows_of_block(xs[0].shape[1])
-    many = sum(each.leaves * -(-each.rows // (together * TOKENS)) for each in of) > _ALONE
+
+    def all_blocks(chain: int) -> int:
+        return sum(each.leaves * each.blocks(together * chain) for each in of)
+
+    many = all_blocks(TOKENS) > _ALONE
     chain = TOKENS if many else 1
-    terms = [-(-each.rows // (together * TOKENS)) if many else each.rows for each in of]
-    blocks = sum(each.leaves * -(-each.rows // (together * chain)) for each in of)
+    nodes = [(each.leaves, each.blocks(together * TOKENS) if many else each.rows) for each in of]
     stage = len(_columns_of(d)) * sum(_slots(array) for array in (xs[0], dys[0], *besides))
     stages = max(1, min(_AHEAD // stage, 3), 2 * (2 * stage <= _MOST_SLOTS)) if many else 1
     program = partial(
@@ -170,12 +177,11 @@ def _gradients(
         turned=bool(tables),
         beside=bool(besides),
     )
-    sums = sum(each.leaves * count for each, count in zip(of, terms, strict=True))
+    sums = sum(leaves * count for leaves, count in nodes)
     out = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs), jax.ShapeDtypeStruct((sums, d), jnp.float32)]
     slots = max(stages * stage, 2 * len(_columns_of(d)))
     given = (*xs, *scales, *dys, *tables, *besides)
-    *dxs, parts = simt.launch(program, blocks, given, tuple(out), shared=_exchanged(d, 2), slots=slots)
-    nodes = [(each.leaves, count) for each, count in zip(of, terms, strict=True)]
+    *dxs, parts = simt.launch(program, all_blocks(chain), given, tuple(out), shared=_exchanged(d, 2), slots=slots)
     return dxs, _sums(parts, nodes, dtype, in_order=not many)
 
 
@@ -370,14 +376,13 @@ def _backward(
 
     ends, places, first, first_part = [], [], 0, 0
     for each in of:
-        blocks = -(-each.rows // (together * chain))
+        blocks = each.blocks(together * chain)
         here = m.block - first
         leaf = here // blocks
-        here = here - leaf * blocks
-        part = leaf * (blocks if chain > 1 else each.rows) + first_part
-        places.append((here, leaf * each.heads, part))
+        nodes = blocks if chain > 1 else each.rows
+        places.append((here - leaf * blocks, leaf * each.heads, leaf * nodes + first_part))
         first += each.leaves * blocks
-        first_part += each.leaves * (blocks if chain > 1 else each.rows)
+        first_part += each.leaves * nodes
         ends.append(first)
     mine = partial(_of_mine, m, ends)
     of_leaf, head, part = (mine(values) for values in zip(*places, strict=True))
