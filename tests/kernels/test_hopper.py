@@ -25,8 +25,8 @@ from tbik_jax.kernels.attention.unfused_backward import attention_backward
 from tbik_jax.kernels.matmul import hopper
 from tbik_jax.kernels.matmul.hopper import settling, split, tuning
 from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
-from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
+from tbik_jax.program import program
 from tbik_jax.shapes import shapes
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import Node, schedule
@@ -62,8 +62,7 @@ def test_a_program_performs_the_additions_of_its_nodes(leaves, arities, data):
     start = data.draw(st.integers(0, leaves - 1))
     stop = data.draw(st.integers(start + 1, leaves))
     nodes = tree.nodes(start, stop)
-    relative = [_moved(node, start) for node in nodes]
-    steps = program(relative)
+    steps = program(nodes)
     got = steps.run(lambda i: str(i + start), lambda a, b: f"({a} + {b})")
     assert got == [str(node) for node in nodes]
     for step in steps.steps:

@@ -3,8 +3,8 @@
     out[node][m, n] = sum over the leaves of the node, in its order, of  leaf_l[m, n]
     leaf_l[m, n]    = sum_k a[m, l, k] * b[n, l, k]   on the tensor cores: f32 from +0, k ascending in steps of 16
 
-``program`` turns a tree into steps; ``large`` and ``small`` are the kernels, for many rows and for few, with the same bits;
-``settling`` adds and keeps sums that wait; ``split`` makes bfloat16 operands of float32; ``tuning`` chooses tiles.
+`tbik_jax.program` turns a tree into steps; ``large`` and ``small`` are the kernels, for many rows and for few, with the same
+bits; ``settling`` adds and keeps sums that wait; ``split`` makes bfloat16 operands of float32; ``tuning`` chooses tiles.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tbik_jax._problems import Problems
 from tbik_jax.kernels.backend import multiprocessors as _multiprocessors
 from tbik_jax.kernels.matmul.hopper import large, small, split, tuning
 from tbik_jax.kernels.matmul.hopper.large import Operand, Problem, Tiles
-from tbik_jax.kernels.matmul.hopper.program import program
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles
+from tbik_jax.program import program
 from tbik_jax.tree import Node
 
 __all__ = ["SmallTiles", "Tiles", "gated", "is_gated", "product", "products"]

@@ -25,8 +25,8 @@ from jax import lax
 
 from tbik_jax.kernels.hopper import formulas, simt
 from tbik_jax.kernels.matmul.hopper import settling
-from tbik_jax.kernels.matmul.hopper.program import Program
 from tbik_jax.kernels.operands import unsliced
+from tbik_jax.program import Program
 
 Array = jax.Array
 Ref = Any

@@ -1,10 +1,10 @@
-"""A tree as a kernel performs it: one leaf after the other, with the sums that wait kept on a stack.
+"""A tree as one worker performs it: one leaf after the other, with the sums that wait kept on a stack.
 
-After leaf l its value meets the sums that wait for it, and then waits itself, or is a node that leaves the kernel. Sums
-wait in storages: storage 0 is registers, every further one is slower. A sum under which no other has to wait goes to
-registers; the values of a chain never leave them, so a chain costs one addition per leaf and nothing else.
+After leaf l its value meets the sums that wait for it, and then waits itself, or is a node that leaves. Sums wait in storages:
+in a kernel storage 0 is registers, every further one is slower. A sum under which no other has to wait goes to storage 0; the
+values of a chain never leave it, so a chain costs one addition per leaf and nothing else.
 
-Pure Python; the bits of a product do not depend on anything here but the order of the additions, which is the tree's.
+Pure Python; the bits of a sum do not depend on anything here but the order of the additions, which is the tree's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Program:
         return sum(1 << leaf for leaf, step in enumerate(self.steps) if holds(step))
 
     def run(self, leaf: Callable[[int], T], add: Callable[[T, T], T]) -> list[T]:
-        """What the kernels do, for values that Python can add."""
+        """What a kernel does, for values that Python can add."""
         waiting: dict[int, T] = {}
         nodes = []
         for index, step in enumerate(self.steps):
@@ -71,7 +71,7 @@ class Program:
 
 
 def program(nodes: Sequence[Node]) -> Program:
-    """The program of nodes that cover leaves 0, 1, 2, ... in order."""
+    """The program of nodes that cover consecutive leaves in order; leaf 0 of the program is the first of them."""
     steps: list[Step] = []
 
     def visit(node: Node, destination: int | None) -> None:
@@ -86,10 +86,10 @@ def program(nodes: Sequence[Node]) -> Program:
         last = steps[-1]
         steps[-1] = Step((*last.pops, place), last.push)
 
-    ends = []
+    ends, first = [], nodes[0].start
     for node in nodes:
-        if node.start != len(steps):
-            raise ValueError(f"program: node {node.span} does not follow leaf {len(steps) - 1}")
+        if node.start != first + len(steps):
+            raise ValueError(f"program: node {node.span} does not follow leaf {first + len(steps) - 1}")
         visit(node, None)
         ends.append(len(steps) - 1)
     return Program(tuple(steps), tuple(ends))
