@@ -241,6 +241,21 @@ class Transformer(nnx.Module):
         Returns:
             ``([B, T or 1, V] f32, the same on every rank of TENSOR; the cache or None)``.
         """
+        logits, cache = self._local_logits(tokens, positions, cache, only)
+        return dense.gather_logits(logits, self.vocabulary), cache
+
+    def cross_entropy(self, tokens: Array, positions: Array, labels: Array) -> Array:
+        """``-log p(labels)``, f32 ``[B, T]``, the same on every rank of TENSOR; 0 where a label is no token (-100, say).
+
+        ``labels [B, T]`` are what follows ``tokens``. The logits of the vocabulary stay on the ranks that hold them.
+        """
+        logits, _ = self._local_logits(tokens, positions, None, None)
+        return self.numerics.cross_entropy(logits, labels, self.vocabulary)
+
+    def _local_logits(
+        self, tokens: Array, positions: Array, cache: KVCache | None, only: Array | None
+    ) -> tuple[Array, KVCache | None]:
+        """``[B, T or 1, slots * width]``: of this rank's part of the vocabulary."""
         numerics, config = self.numerics, self.config
         length = tokens.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
         cos, sin = (jnp.asarray(table)[positions] for table in rope_tables(config, length))
@@ -254,7 +269,7 @@ class Transformer(nnx.Module):
             normal = jnp.take_along_axis(normal, only[:, None, None], axis=1)
         with jax.named_scope("logits"):
             (logits,) = self.head(numerics, normal, jnp.float32)
-        return dense.gather_logits(logits, self.vocabulary), cache
+        return logits, cache
 
     def _scanned(
         self, numerics: Numerics, x: Array, rotary: tuple[Array, Array], positions: Array, cache: KVCache | None

@@ -32,7 +32,12 @@ def is_of_mesh(axis_name: str) -> bool:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes over which ``x`` may differ (empty under ``check_vma=False``, which does not track them)."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return axes_of_type(jax.typeof(x))
+
+
+def axes_of_type(of: Any) -> frozenset[str]:
+    """:func:`varying_axes` of whatever has that type."""
+    return frozenset(of.manual_axis_type.varying)
 
 
 def vary(x: Array, *axis_names: str) -> Array:

@@ -73,7 +73,7 @@ def tree_psum(
         dtype: Result dtype; f32 by default. Nodes are f32 in any case.
         algorithm: Performance-only, see the module's table.
         of_nodes: ``leaves`` are this rank's node values ``[width, ...]`` already, as :func:`local_nodes` gives them: kernels
-            add leaves inside. Only where every rank has the same additions (`Schedule.is_uniform`).
+            add leaves inside. For ``direct`` only where every rank has the same additions (`Schedule.is_uniform`).
 
     Returns:
         ``[...]`` in ``dtype``, the same on every rank (and typed so under ``check_vma=True``).
@@ -173,8 +173,9 @@ def _plan(where: str, leaves: Array, axis_name: str, tree: Tree, algorithm: str,
                 f"in the first dimension",
             )
             problems.check(
-                not of_nodes or plan.is_uniform,
-                f"node values of {tree.leaves} leaves over {ranks} ranks: the ranks have different nodes. Give leaf values",
+                not of_nodes or plan.is_uniform or algorithm != "direct",
+                f"algorithm 'direct', node values of {tree.leaves} leaves over {ranks} ranks: the ranks have different nodes, "
+                f"and this exchange then wants leaf values",
             )
             problems.check(
                 algorithm not in ("butterfly", "recursive_halving") or plan.is_butterfly,

@@ -156,6 +156,10 @@ class Numerics(ABC):
     def embedding(self, tokens: Array, table: Array, vocabulary: dense.Vocabulary) -> Array:
         """See :func:`tbik_jax.dense.embedding`."""
 
+    @abstractmethod
+    def cross_entropy(self, logits: Array, labels: Array, vocabulary: dense.Vocabulary) -> Array:
+        """See :func:`tbik_jax.dense.cross_entropy`."""
+
 
 @dataclass(frozen=True)
 class Invariant(Numerics):
@@ -285,6 +289,9 @@ class Invariant(Numerics):
     def embedding(self, tokens: Array, table: Array, vocabulary: dense.Vocabulary) -> Array:
         return dense.embedding(tokens, table, vocabulary)
 
+    def cross_entropy(self, logits: Array, labels: Array, vocabulary: dense.Vocabulary) -> Array:
+        return dense.cross_entropy(logits, labels, vocabulary)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w",), meta_fields=())
 @dataclass(frozen=True)
@@ -382,3 +389,15 @@ class Plain(Numerics):
         mine = (index >= 0) & (index < held)
         rows: Array = lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0), vocabulary.axis_name)
         return rows
+
+    def cross_entropy(self, logits: Array, labels: Array, vocabulary: dense.Vocabulary) -> Array:
+        first, held = vocabulary.local_entries()
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < held, logits, -jnp.inf)
+        top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), vocabulary.axis_name)
+        total = lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocabulary.axis_name)
+        index = labels - first
+        mine = (index >= 0) & (index < held)
+        own = jnp.take_along_axis(logits, jnp.where(mine, index, 0)[..., None], axis=-1)[..., 0]
+        own = lax.psum(jnp.where(mine, own, 0), vocabulary.axis_name)
+        known = (labels >= 0) & (labels < vocabulary.size)
+        return jnp.where(known, top + jnp.log(total) - own, 0.0)

@@ -30,6 +30,7 @@ from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
 from tbik_jax.kernels.swiglu import swiglu
+from tbik_jax.kernels.token_sum import token_sum
 
 __all__ = [
     "PackedWeight",
@@ -57,4 +58,5 @@ __all__ = [
     "row_parallel",
     "row_parallel_add_norm",
     "swiglu",
+    "token_sum",
 ]

@@ -1,4 +1,4 @@
-"""Gradients of whole models by every parameter: the same bits on every mesh that divides the KV heads."""
+"""Gradients of whole models by every parameter: the same bits on every mesh whose tensor-parallel size divides the KV heads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tbik_jax import Contract, emulate
+from tbik_jax import Contract, batch_slots, dense, emulate, tree_value_and_grad
 from tbik_jax.engine import make_mesh
+from tbik_jax.kernels.exact import product
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.layout import Layout
 from tbik_jax.models.loading import load
@@ -37,12 +38,24 @@ TOKENS = np.random.default_rng(5).integers(0, 256, (3, 29))
 TOKENS[1, 3:9] = TOKENS[0, 0]  # a row of the embedding that many tokens share
 
 
+def is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def split(model: Transformer) -> tuple[Any, nnx.State, Any]:
+    """Graph, state, and the state's specs."""
+    graph, state = nnx.split(model)
+    return graph, state, jax.tree.map(lambda v: v.replace(v.get_metadata()["spec"]), state, is_leaf=is_variable)
+
+
+def by_name(gradients: Any) -> dict[str, np.ndarray]:
+    variables = jax.tree.leaves(gradients, is_leaf=is_variable)
+    return {v.get_metadata()["origin"].tensors[0]: by_block(v) for v in variables}
+
+
 def backward(model: Transformer) -> tuple[Callable[..., Any], nnx.State, Any]:
     """``(state, tokens, d_logits) -> (logits, gradients)`` for ``shard_map``, the state, and its specs."""
-    graph, state = nnx.split(model)
-    specs = jax.tree.map(
-        lambda v: v.replace(v.get_metadata()["spec"]), state, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
+    graph, state, specs = split(model)
 
     def run(state: Any, tokens: jax.Array, d_logits: jax.Array) -> tuple[jax.Array, Any]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -74,8 +87,63 @@ def gradients(
     else:
         call = jax.jit(jax.shard_map(run, mesh=mesh, **lie))
     logits, found = call(state, TOKENS, d_logits)
-    variables = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {"logits": np.asarray(logits), **{v.get_metadata()["origin"].tensors[0]: by_block(v) for v in variables}}
+    return {"logits": np.asarray(logits), **by_name(found)}
+
+
+#: Four leaves of two sequences; a label that is none.
+BATCH = np.concatenate([TOKENS, TOKENS[::-1, ::-1], TOKENS[:2, ::-1]])
+LABELS = np.where(np.arange(29) == 4, -100, np.roll(BATCH, -1, axis=1))
+#: Quick to compile.
+SHALLOW = dataclasses.replace(GROUPED, num_layers=1)
+
+
+def of_a_batch(dp: int, tp: int, *, numerics: Numerics = INVARIANT, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """The mean cross-entropy of a batch, and its gradient by every parameter."""
+    mesh = make_mesh(tp, dp)
+    model = load(SHALLOW, RandomSource(SHALLOW), numerics, mesh, dtype=dtype)
+    graph, state, specs = split(model)
+    count = int((LABELS >= 0).sum())
+
+    def loss(state: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        losses = nnx.merge(graph, state).cross_entropy(tokens, positions, labels)
+        return product(dense.token_sum(losses), 1 / count)
+
+    step = tree_value_and_grad(loss, axis_name="dp", contract=numerics.contract, leaves=4)
+    call = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("dp"), P("dp")), out_specs=(P(), specs))
+    value, found = jax.jit(call)(state, *batch_slots((BATCH, LABELS), leaves=4, ranks=dp))
+    return {"loss": np.asarray(value), **by_name(found)}
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> dict[str, np.ndarray]:
+    return of_a_batch(1, 1)
+
+
+@pytest.mark.parametrize(
+    "dp, tp", [(3, 2), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
+def test_every_split_of_a_batch(on_one_device, dp, tp):
+    assert_bitwise_equal(of_a_batch(dp, tp), on_one_device, f"dp {dp} x tp {tp}")
+
+
+@pytest.mark.slow
+def test_every_split_of_a_batch_in_bfloat16():
+    numerics = Numerics.invariant(Contract(tree=(3, 2, 2)))
+    one, other = (of_a_batch(dp, tp, numerics=numerics, dtype="bfloat16") for dp, tp in ((1, 1), (3, 2)))
+    assert_bitwise_equal(other, one)
+
+
+def test_values_of_a_batch(on_one_device):
+    """Against plain numerics on the same tree over the batch."""
+    plain = of_a_batch(1, 1, numerics=PLAIN)
+    for name, got in on_one_device.items():
+        np.testing.assert_allclose(got, plain[name], rtol=0, atol=2e-5 * np.abs(plain[name]).max(), err_msg=name)
+
+
+def test_twin_plain_gradients_of_a_batch_differ_between_meshes():
+    one, other = (of_a_batch(dp, tp, numerics=PLAIN) for dp, tp in ((1, 1), (2, 3)))
+    assert any((bits(one[name]) != bits(other[name])).any() for name in one)
 
 
 @pytest.fixture(scope="module")
