@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -206,9 +207,10 @@ def perform(lines: list[str], registers: dict[str, np.float32], memory: dict[str
 
 
 @pytest.mark.invariance
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("sums", [1, 2])
 @pytest.mark.parametrize("arities, leaves", [((2,), 8), ((2,), 16), ((4, 2), 8), ((3, 2), 7), ((2, 4), 9), ((2,), 2)])
-def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
+def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums, late):
     """The instructions themselves, leaf after leaf, for two nodes that follow each other."""
     first, second = (Tree(leaves, arities).root for _ in range(2))
     steps = program([first, _moved(second, -leaves)])
@@ -220,16 +222,21 @@ def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
     stops = []
     for number in range(1, steps.storages):
         here, places = other if number < sums else None, [(".shared", f"m{number}+{i}") for i in range(size // 4)]
-        stops.append(settling.Named(f"a{number}", f"b{number}", here, [] if here else places))
+        stops.append(settling.Named(f"a{number}", f"b{number}", here, [] if here else places, late and not here))
     lines, found = settling.written(total, leaf, stops), []
     for index, step in enumerate(steps.steps):
         registers |= zip(leaf, values[index], strict=True)
         for number in range(1, steps.storages):
             registers |= {f"a{number}": number in step.pops, f"b{number}": step.push == number}
         perform(lines, registers, memory)
+        stays = [registers[name] for name in total]
         if step.push is None:
-            found.append([registers[name] for name in total])
-            registers |= dict.fromkeys(total, np.float32(-0.0))  # it leaves with the next leaf
+            found.append(stays)
+        elif late and step.push >= sums:
+            memory |= {f"m{step.push}+{i}": stays[4 * i : 4 * i + 4] for i in range(size // 4)}
+        else:
+            continue
+        registers |= dict.fromkeys(total, np.float32(-0.0))  # it leaves with the next leaf
     want = [first.evaluate(lambda i, at=at: values[at + i], np.add) for at in (0, leaves)]
     assert_bitwise_equal(np.array(found, np.float32), np.array(want))
     assert (np.array(found) != [values[at : at + leaves].sum(0, np.float32) for at in (0, leaves)]).any() or leaves == 2
@@ -240,13 +247,16 @@ def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums):
 
 @interpreted
 @pytest.mark.newest
-@pytest.mark.parametrize("tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=32, turns=True)])
+@pytest.mark.parametrize(
+    "tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=32, turns=True), Tiles(64, 3, turns=True, end_pairs=True)]
+)
 @pytest.mark.parametrize("leaves, arities, m, n", [(1, (2,), 136, 80), (3, (3,), 136, 80), (2, (2,), 72, 96)])
 def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n, tiles):
     """Ring, tiles and chain of the kernel for many rows. The CPU's dots have other bits than the GPU's, so: values."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
-    a = jnp.asarray(rng.standard_normal((m, leaves, 136)), jnp.bfloat16)
-    b = jnp.asarray(rng.standard_normal((n, leaves, 136)), jnp.bfloat16)
+    k = 328 if tiles.end_pairs else 136  # six steps, or three
+    a = jnp.asarray(rng.standard_normal((m, leaves, k)), jnp.bfloat16)
+    b = jnp.asarray(rng.standard_normal((n, leaves, k)), jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode():
         got = hopper.product(
             "mlk,nlk->mn",
@@ -419,13 +429,44 @@ def test_tiles_and_runs_change_nothing(rng, arities):
         Tiles(48, 2, near=12),
         Tiles(128, 5, sums=2, near=14, out_bytes=64, turns=True),
         Tiles(96, 3, sums=2, cluster=2, out_bytes=32),
+        Tiles(208, 4, near=13, turns=True, late_sums=True),
+        Tiles(128, 5, sums=2, near=14, turns=True, late_sums=True),
+        Tiles(64, 3, late_sums=True, near=5),
         SmallTiles(64, True, 64, 3, 8),
         SmallTiles(128, True, 64, 2, 4),
         SmallTiles(16, False, 128, 2, 2),
         SmallTiles(8, False, 64, 4, 1),
         SmallTiles(24, False, 64, 3, 2, rows=64),
+        SmallTiles(8, False, 128, 3, 4, rows=64, from_registers=True),
     ):
         assert_bitwise_equal(multiply("mlk,nlk->mn", root, tiles=tiles)(x, y), want, str(tiles))
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [256, 328, 512, 1536])
+@pytest.mark.parametrize("arities", [(2,), (8,)])
+def test_what_leaves_in_other_steps_changes_nothing(rng, arities, k):
+    """Leaves of 4, 6, 8 and 24 steps: fewer than pieces, as many, more."""
+    x, y = operands(rng, (384, 8, k), (1000, 8, k), "bfloat16")
+    root = [Tree(8, arities).root]
+    want = multiply("mlk,nlk->mn", root)(x, y)
+    for change in ({"end_pairs": True}, {"late_sums": True}, {"end_pairs": True, "late_sums": True}):
+        got = multiply("mlk,nlk->mn", root, tiles=lambda tiles, change=change: replace(tiles, turns=True, **change))(
+            x, y
+        )
+        assert_bitwise_equal(got, want, str(change))
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, n, k", [(1, 768, 4096), (3, 1536, 4096), (64, 777, 320), (17, 9, 136)])
+def test_rows_from_registers_change_nothing(rng, m, n, k):
+    x, y = operands(rng, (m, k), (n, k), "bfloat16")
+    want = multiply("mk,nk->mn", [Node(0, 1)])(x, y)
+    for columns in (8, 16, 24):
+        tiles = SmallTiles(columns, False, 128, 3, from_registers=True)
+        assert_bitwise_equal(multiply("mk,nk->mn", [Node(0, 1)], tiles=tiles)(x, y), want, str(tiles))
 
 
 @on_the_card

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ Array = jax.Array
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+#: Other tiles than those chosen by shape; for measurements.
+Change = Callable[[Any], Any]
+
 
 def product(
     spec: str,
@@ -39,7 +43,7 @@ def product(
     nodes: Sequence[Node],
     *,
     dtype: DTypeLike | None = None,
-    tiles: Tiles | SmallTiles | None = None,
+    tiles: Tiles | SmallTiles | Change | None = None,
 ) -> Array:
     """A product whose contraction is cut in leaves, reduced to nodes of the canonical tree.
 
@@ -50,7 +54,7 @@ def product(
         a, b: bf16, f16 or f32, both the same. f32 is multiplied in bfloat16 pieces (`split`), at an eighth of the speed.
         nodes: Nodes that cover leaves 0, 1, ... in order; the root alone gives the whole sum.
         dtype: Of the result, rounded to once: that of ``a`` by default, or f32.
-        tiles: Performance-only; chosen by shape.
+        tiles: Performance-only; chosen by shape, or what a function makes of that choice.
 
     Returns:
         ``[m, n]`` as ``spec`` orders it, for one node; else ``[nodes, m, n]``.
@@ -73,7 +77,7 @@ def products(
     parts: Sequence[int] | None,
     *,
     dtype: DTypeLike | None = None,
-    tiles: Tiles | SmallTiles | None = None,
+    tiles: Tiles | SmallTiles | Change | None = None,
 ) -> tuple[Array, ...]:
     """:func:`product`, its ``n`` cut in ``parts``, each an array of its own: projections that share an input and a weight."""
     of_a, of_b, of_out = _parse(spec)
@@ -138,13 +142,17 @@ def products(
     problem = Problem(sizes["m"], sizes["n"], k, batch, of_rows, of_columns, axes, a.dtype, out_dtype, steps)
     a, b = _padded(of_rows, a), _padded(of_columns, b)
     blocks = _multiprocessors()
+    change, tiles = (tiles, None) if callable(tiles) else (_unchanged, tiles)
     if tiles is None and of_out == "mn" and of_rows.k_major and of_columns.k_major and problem.m <= tuning.SMALL_ROWS:
         tiles = tuning.small_tiles(problem, blocks)
+        tiles = tiles and change(tiles)
     if isinstance(tiles, SmallTiles):
         outs = small.products(problem, tuple(nodes), tiles, a, b, parts)
     else:  # of many rows a kernel for each part
         starts = itertools.accumulate(parts, initial=0)
-        outs = tuple(_part(problem, n, start, tiles, a, b, blocks) for n, start in zip(parts, starts, strict=False))
+        outs = tuple(
+            _part(problem, n, start, tiles or change, a, b, blocks) for n, start in zip(parts, starts, strict=False)
+        )
     return tuple(out[0] for out in outs) if len(nodes) == 1 else outs
 
 
@@ -167,13 +175,18 @@ def gated(a: Array, b: Array, *, tiles: Tiles | None = None) -> Array:
     return large.product(problem, tiles, a, b, blocks=blocks)[0]
 
 
-def _part(problem: Problem, n: int, start: int, tiles: Tiles | None, a: Array, b: Array, blocks: int) -> Array:
+def _unchanged(tiles: Any) -> Any:
+    return tiles
+
+
+def _part(problem: Problem, n: int, start: int, tiles: Tiles | Change, a: Array, b: Array, blocks: int) -> Array:
     """Columns ``start`` to ``start + n`` of many rows. TMA reads columns by eights, or by 64 where they lie side by side."""
     if start % (8 if problem.b.k_major else 64):
         axis = problem.b.axes.index("n")
         b, start = _padded(problem.b, jax.lax.slice_in_dim(b, start, start + n, axis=axis)), 0
     part = dataclasses.replace(problem, n=n, first=start)
-    return large.product(part, tiles or tuning.large_tiles(part, blocks), a, b, blocks=blocks)
+    chosen = tiles(tuning.large_tiles(part, blocks)) if callable(tiles) else tiles
+    return large.product(part, chosen, a, b, blocks=blocks)
 
 
 def _parse(spec: str) -> tuple[str, str, str]:

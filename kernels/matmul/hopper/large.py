@@ -52,6 +52,8 @@ class Tiles:
         out_bytes: Results leave through shared memory in pieces of at most so many bytes of a row, 128, 64 or 32, one with
             each of the next leaf's first steps.
         turns: The computing warpgroups start their steps in turns, so that one adds leaves while the other multiplies.
+        end_pairs: With ``turns``, the first two steps of a leaf are one turn, and the last two: as long as what follows a leaf.
+        late_sums: A sum that waits in memory goes there with the next leaf's first steps, as results do.
     """
 
     columns: int = 192
@@ -62,6 +64,8 @@ class Tiles:
     band: int = 8
     out_bytes: int = 128
     turns: bool = False
+    end_pairs: bool = False
+    late_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,10 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     sums = min(tiles.sums, program.storages)  # in registers
     accesses = settling.accesses(ROWS, columns)  # of one that waits elsewhere
     near = min((program.storages - sums) * accesses, tiles.near)
+    late_sums = tiles.late_sums and program.storages > sums
+    end_pairs = tiles.turns and tiles.end_pairs and steps >= 4
+    # Where a turn begins with two steps, nothing leaves between them.
+    late = int(end_pairs)
     a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
 
     width = out_width(results, problem.n, problem.out_dtype, tiles.out_bytes)
@@ -279,6 +287,15 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                 """The value of a leaf, and what then waits first in registers; the result before it leaves meanwhile."""
                 base = first_step + leaf * steps
 
+                def in_turn(i, of_pair, act):
+                    """At each step; but where two steps are one turn, not at the first (0) or second (1) of them."""
+                    if turn is None:
+                        return
+                    if end_pairs:
+                        pl.when(jnp.logical_and(i != of_pair, i != steps - 2 + of_pair))(act)
+                    else:
+                        act()
+
                 def accumulate(acc):
                     def step(i):
                         slot = lax.rem(base + i, jnp.int32(stages))
@@ -290,11 +307,9 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         b = b_smem.at[slot]
                         if problem.b.k_major:
                             b = plgpu.transpose_ref(b, (1, 0))
-                        if turn is not None:
-                            plgpu.barrier_wait(turn.at[wg])
+                        in_turn(i, 1, lambda: plgpu.barrier_wait(turn.at[wg]))
                         plgpu.wgmma(acc, a, b)
-                        if turn is not None:
-                            plgpu.barrier_arrive(turn.at[1 - wg])
+                        in_turn(i, 0, lambda: plgpu.barrier_arrive(turn.at[1 - wg]))
                         plgpu.wgmma_wait(1)
 
                         @pl.when(i > 0)
@@ -303,15 +318,23 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 
                     def step_and_leave(i, waiting):
                         step(i)
-                        return leave_at(i, held, waiting)
+                        return leave_at(i - late, held, waiting)
+
+                    def step_and_store(i, waiting):
+                        step(i)
+                        return store_at(i - late, held, waiting)
 
                     def step_alone(i, done):
                         step(i)
                         return done
 
-                    # Two loops, since most steps have nothing that leaves, and must not be late.
-                    first = lax.select(held.node >= 0, jnp.int32(rounds), jnp.int32(0))
+                    # Loops of their own, since most steps have nothing that leaves, and must not be late.
+                    first = lax.select(held.node >= 0, jnp.int32(rounds + late), jnp.int32(0))
                     waiting = lax.fori_loop(0, first, step_and_leave, held.values[0] if program.storages else None)
+                    if late_sums:
+                        stored = lax.select(held.storage >= 0, jnp.int32(store_rounds + late), jnp.int32(0))
+                        waiting = lax.fori_loop(0, stored, step_and_store, waiting)
+                        first = first + stored  # one of them is 0
                     lax.fori_loop(first, steps, step_alone, None)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[lax.rem(base + steps - 1, jnp.int32(stages))])
@@ -321,8 +344,10 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 
             # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
             starts = range(0, min(results, -(-problem.n // width) * width), width)
-            each = -(-len(starts) // steps)
+            each = -(-len(starts) // (steps - late))
             rounds = -(-len(starts) // each)  # steps of the next leaf with which pieces leave
+            store_each = -(-accesses // (steps - late))
+            store_rounds = -(-accesses // store_each)
 
             def leave_at(step, held, waiting):
                 """The pieces that are due with a ``step`` of the next leaf; after the last of them nothing waits any more."""
@@ -334,6 +359,20 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                         leave(starts[number * each : (number + 1) * each], value, held.node, held.tile)
 
                 return lax.cond(step == rounds - 1, nothing, lambda: waiting) if program.storages else waiting
+
+            def store_at(step, held, waiting):
+                """As :func:`leave_at`, of a sum on its way to memory."""
+                for number in range(store_rounds):
+
+                    @pl.when(step == number)
+                    def _(number=number):
+                        for place in range(sums, program.storages):
+
+                            @pl.when(held.storage == place)
+                            def _(place=place):
+                                settling.store(waiting, storage(place), number * store_each, (number + 1) * store_each)
+
+                return lax.cond(step == store_rounds - 1, nothing, lambda: waiting)
 
             def leave(starts, value, node, tile):
                 batch, row, column = starts_of(tile)
@@ -383,7 +422,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     if number < sums:
                         yield settling.Stop(pops, pushes, register=number)
                     else:
-                        yield settling.Stop(pops, pushes, refs=storage(number))
+                        yield settling.Stop(pops, pushes, refs=storage(number), late=late_sums)
 
             def nothing():
                 # Where nothing waits in registers, -0 does: -0 + x is x for every x.
@@ -395,18 +434,23 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     ends = _holds(sum(1 << end for end in program.ends), leaf, program.leaves)
                     node = sum(((leaf > end).astype(jnp.int32) for end in program.ends[:-1]), jnp.int32(0))
                     node = lax.select(ends, node, jnp.int32(-1))
+                    goes_to = jnp.int32(-1)
                     if not program.storages:
-                        return _Held((result(value),), node, tile)
+                        return _Held((result(value),), node, goes_to, tile)
                     if program.storages == 1:
-                        return _Held((waiting + value,), node, tile)
-                    return _Held(settling.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf))), node, tile)
+                        return _Held((waiting + value,), node, goes_to, tile)
+                    for place in range(sums, program.storages) if late_sums else ():
+                        goes = _holds(program.mask(lambda step, place=place: step.push == place), leaf, program.leaves)
+                        goes_to = lax.select(goes, jnp.int32(place), goes_to)
+                    values = settling.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf)))
+                    return _Held(values, node, goes_to, tile)
 
                 if program.leaves == 1:
                     return after(jnp.int32(0), held)
                 return lax.fori_loop(0, program.leaves, after, held)
 
             values = [nothing()] * sums if program.storages else [result(nothing())]
-            held = each_tile(compute_tile, _Held(tuple(values), jnp.int32(-1), (jnp.int32(0),) * 3))
+            held = each_tile(compute_tile, _Held(tuple(values), jnp.int32(-1), jnp.int32(-1), (jnp.int32(0),) * 3))
             pl.when(held.node >= 0)(lambda: leave(starts, held.values[0], held.node, held.tile))
             plgpu.wait_smem_to_gmem(0)
 
@@ -414,12 +458,13 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 class _Held(NamedTuple):
     """What a computing warpgroup has in registers between leaves.
 
-    ``values[0]`` is node number ``node`` of ``tile``, which leaves with the next leaf's first steps; else, if ``node`` is -1,
-    a sum that waits, as the other values do.
+    ``values[0]`` is node number ``node`` of ``tile``, which leaves with the next leaf's first steps, or a sum on its way to
+    memory, to that ``storage``; if both are -1, a sum that waits, as the other values do.
     """
 
     values: tuple[Array, ...]
     node: Array
+    storage: Array
     tile: tuple[Array, Array, Array]
 
 

@@ -37,13 +37,15 @@ class Stop:
     """A storage on the way of a leaf's value: in registers, number ``register`` there, or in memory, at ``refs``.
 
     ``pops``: whether what waits there is added; ``pushes``: whether the sum then stays there. Both are i32, the same for all
-    threads, and not known when the kernel is written.
+    threads, and not known when the kernel is written. ``late``: a sum that stays in memory is left in ``sums[0]``, for
+    :func:`store` to move.
     """
 
     pops: Array
     pushes: Array
     register: int | None = None
     refs: Sequence[Any] = ()
+    late: bool = False
 
 
 def settle(value: Array, sums: Sequence[Array], stops: Sequence[Stop]) -> tuple[Array, ...]:
@@ -78,11 +80,31 @@ def settle(value: Array, sums: Sequence[Array], stops: Sequence[Stop]) -> tuple[
         for stop in stops:
             pops, pushes = (asm.operand("r", next(of_flags).registers.item()) for _ in range(2))
             places = [place for _ in stop.refs for place in asm.places(next(of_refs))]
-            named.append(Named(pops, pushes, None if stop.register is None else others[stop.register - 1], places))
+            here = None if stop.register is None else others[stop.register - 1]
+            named.append(Named(pops, pushes, here, places, stop.late))
         found = asm.run(written(total, leaf, named))
         return tuple(_array(found[i * size : (i + 1) * size], x) for i, x in enumerate(sums))
 
     return tuple(run(*refs, *flags, value, *sums))
+
+
+def store(value: Array, refs: Sequence[Any], first: int, last: int) -> None:
+    """Move accesses ``first`` to ``last - 1`` of a sum to memory, where :func:`settle` finds them: ``refs`` of a stop."""
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WGMMA))
+    def run(ctx: Any, *arguments: Any) -> None:
+        *refs, value = arguments
+        scalars, at = _scalars(value), 0
+        for ref in refs:
+            space, base, count = _mine(ref)
+            for i in range(max(first - at, 0), min(last - at, count)):
+                four = scalars[4 * (at + i) : 4 * (at + i) + 4]
+                mgpu.utils.inline_ptx(
+                    f"st{space}.v4.f32 [$4+{4 * WORDS * i}], {{$0, $1, $2, $3}};", *four, base, has_side_effects=True
+                )
+            at += count
+
+    run(*refs, value)
 
 
 class Named(NamedTuple):
@@ -92,6 +114,7 @@ class Named(NamedTuple):
     pushes: str
     registers: Sequence[str] | None
     places: Sequence[tuple[str, str]]
+    late: bool = False
 
 
 def written(total: Sequence[str], leaf: Sequence[str], stops: Sequence[Named]) -> list[str]:
@@ -105,6 +128,9 @@ def written(total: Sequence[str], leaf: Sequence[str], stops: Sequence[Named]) -
             lines.append(f"ld{space}.v4.f32 {{w0, w1, w2, w3}}, [{address}];")
             lines += [f"add.rn.f32 {t}, w{e}, {t};" for e, t in enumerate(total[4 * i : 4 * i + 4])]
         lines += [f"NOTHING{number}:", f"setp.ne.b32 p, {stop.pushes}, 0;", f"@!p bra.uni ON{number};"]
+        if stop.late:
+            lines += ["bra.uni DONE;", f"ON{number}:"]
+            continue
         if stop.registers is not None:
             lines += [f"mov.b32 {x}, {t};" for t, x in zip(total, stop.registers, strict=True)]
         for i, (space, address) in enumerate(stop.places):
@@ -129,16 +155,9 @@ class _Assembly:
 
     def places(self, ref: Any) -> list[tuple[str, str]]:
         """The state space and the address of each of a thread's accesses."""
-        utils = mgpu.utils
-        pointer = utils.memref_ptr(ref)
-        shared = utils.is_smem_ref(ref)
-        i32 = ir.IntegerType.get_signless(32)
-        thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
-        mine = utils.getelementptr(pointer, [arith.muli(thread, utils.c(4, i32))], ir.F32Type.get())
-        integer = i32 if shared else ir.IntegerType.get_signless(64)
-        name = self.operand("r" if shared else "l", llvm.ptrtoint(integer, mine))
-        count = ir.MemRefType(ref.type).shape[0] // WORDS
-        return [(".shared" if shared else ".global", f"{name}+{4 * WORDS * i}") for i in range(count)]
+        space, base, count = _mine(ref)
+        name = self.operand("r" if space == ".shared" else "l", base)
+        return [(space, f"{name}+{4 * WORDS * i}") for i in range(count)]
 
     def run(self, lines: Sequence[str]) -> list[Any]:
         count, f32 = len(self.changing), ir.F32Type.get()
@@ -152,6 +171,17 @@ class _Assembly:
             has_side_effects=True,
         )
         return [llvm.extractvalue(f32, found, [i]) for i in range(count)]
+
+
+def _mine(ref: Any) -> tuple[str, Any, int]:
+    """State space, address of a thread's first access, and how many there are, a warpgroup's accesses apart."""
+    utils = mgpu.utils
+    shared = utils.is_smem_ref(ref)
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(utils.thread_idx(), utils.c(_THREADS, i32))
+    mine = utils.getelementptr(utils.memref_ptr(ref), [arith.muli(thread, utils.c(4, i32))], ir.F32Type.get())
+    base = llvm.ptrtoint(i32 if shared else ir.IntegerType.get_signless(64), mine)
+    return ".shared" if shared else ".global", base, ir.MemRefType(ref.type).shape[0] // WORDS
 
 
 def _scalars(x: Any) -> list[Any]:
