@@ -173,6 +173,8 @@ def test_a_larger_program_fuses_nothing_into_it(rng, op, width):
 @every_op
 def test_twin_plain_operations_depend_on_what_surrounds_them(rng, op):
     """The same by plain operations: XLA contracts products with sums, and sums rows as their number suggests."""
+    if op.run is rope and jax.default_backend() != "cpu":
+        pytest.skip(f"a rotation sums no row, and XLA contracts nothing on the backend {jax.default_backend()}")
     differs = []
     for width in (33, 64):
         values = arguments(rng, op, width, "float32")
