@@ -42,11 +42,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tbik_jax import shapes
+from tbik_jax._console import err, out
 from tbik_jax.tree import Tree
-
-out, err = Console(), Console(stderr=True)
-if not out.is_terminal:
-    out.width = 160  # a pipe has no width of its own
 
 #: What XLA wants to know of a device that it does not see: an H100 SXM, as XLA prints it on one.
 _H100 = """

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from tbik_jax._console import err, out
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,9 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Bitwise-identical transformers on any device mesh.",
 )
-out, err = Console(), Console(stderr=True)
-if not out.is_terminal:
-    out.width = 160  # a file or a pipe has no width of its own
 
 _MODEL = "smollm2, tiny, a Hugging Face folder, or a .gguf file."
 
