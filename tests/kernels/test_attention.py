@@ -473,6 +473,39 @@ def test_every_tile_has_its_turn_once_and_blocks_work_alike(heads, pairs, rows, 
         assert work.max() < (1.03 if heads else 1.015) * work.mean()
 
 
+def plan_by_every_tile(pairs: int, rows: int, group: int, grid: int, heads: int) -> tuple[int, int]:
+    """`prefill._plan` without a short cut: what every block has to do, tile by tile, under every turn."""
+    items, blocks = pairs * rows, np.arange(grid)
+    waves = np.arange(-(-items // grid))[:, None]
+    sizes = [size * group for size in ([heads] if heads else 1 << np.arange(20)) if size * group < rows]
+    sizes = [size for size in sizes if rows % size == 0] or [rows]
+    if not heads and rows not in sizes:
+        sizes.append(rows)
+    best = []
+    for size in sizes:
+        work = np.zeros(waves.size * grid)
+        work[:items] = prefill._walk(np.arange(items), pairs, rows, size)[0] + 1.5
+        of_blocks = {
+            turn: work[waves * grid + prefill._place(waves, blocks, turn, grid)].sum(axis=0)
+            for turn in range(0, grid, max(1, grid // 32))
+        }
+        best.append(min((work.max(), size, turn) for turn, work in of_blocks.items()))
+    enough = [plan for plan in best if plan[0] <= 1.01 * (items / grid * ((pairs - 1) / 2 + 1.5))]
+    return (enough or [min(best)])[0][1:]
+
+
+def test_plans_are_those_of_every_tile(rng):
+    shapes = [(256, 64, 4, 132, 0), (150, 90, 5, 132, 3), (64, 256, 4, 114, 0), (97, 120, 3, 131, 0)]
+    for _ in range(150):
+        group, kv_heads, batch = rng.choice([1, 2, 3, 4, 5, 8]), *rng.integers(1, 9, 2)
+        pairs, grid = (rng.integers(1, rng.choice(most)) for most in ([5, 20, 70], [12, 140]))
+        rows = group * kv_heads * batch
+        shapes.append((pairs, rows, group, min(grid, pairs * rows), rng.choice([0, 0, 1, 2, 3, 5])))
+    for shape in shapes:
+        shape = tuple(map(int, shape))
+        assert prefill._plan(*shape) == plan_by_every_tile(*shape), shape
+
+
 def test_few_heads_go_together_where_that_keeps_all_blocks_busy():
     shapes = (16, 256), (64, 64), (32, 128), (16, 32), (32, 32), (256, 32)
     assert [prefill._plan(*shape, 4, 132, 0)[0] // 4 for shape in shapes] == [16, 1, 2, 1, 2, 1]
