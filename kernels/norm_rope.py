@@ -79,17 +79,6 @@ def _backward(eps: float, saved: _Saved, given: tuple[Array, Array]) -> _Saved:
 _norm_rope.defvjp(_forward, _backward)
 
 
-def norm_rope_gradients(
-    x: Array, scale: Array, dy: Array, cos: Array, sin: Array, *, eps: float
-) -> tuple[Array, Array]:
-    """``(dx, dscale)`` of ``y = rope(rms_norm(x, scale), cos, sin)``, ``x`` and ``dy`` ``[..., heads, D]``.
-
-    Guarantee: the bits of the gradients of both stages, one after the other; ``dscale`` has the dtype of ``scale``.
-    """
-    (dx,), (dscale,) = _gradients(eps, None, (x,), (scale,), (dy,), cos, sin)
-    return dx, dscale
-
-
 def norm_rope_gradients_by_leaf(
     xs: Sequence[Array],
     scales: Sequence[Array],
@@ -100,12 +89,19 @@ def norm_rope_gradients_by_leaf(
     eps: float,
     leaves: Sequence[int],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """:func:`norm_rope_gradients` of several arrays, each in leaves: so many equal groups of consecutive heads.
+    """The backward pass of :func:`norm_rope` of any arrays, each in leaves: so many equal groups of consecutive heads.
+
+    Args:
+        xs, dys: ``[..., heads, D]`` each.
+        scales: ``[D]`` each.
+        cos, sin: ``[..., D / 2]`` f32.
+        eps: Of the norms.
+        leaves: Of each array.
 
     Returns:
         ``dx`` of every array, and f32 ``dscale [leaves, D]`` of every scale, not rounded to its dtype.
 
-    Guarantee: the bits of a leaf are those of :func:`norm_rope_gradients` of its heads alone, with the scale in f32.
+    Guarantee: the bits of a leaf are those of the gradients of :func:`norm_rope` of its heads alone, with the scale in f32.
     """
     return _gradients(eps, tuple(leaves), tuple(xs), tuple(scales), tuple(dys), cos, sin)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, emulate
 from tbik_jax.dense import head_parallel_norm_rope, norm_rope
-from tbik_jax.kernels.norm_rope import norm_rope_gradients
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import schedule
 from tests.kernels import families
@@ -56,6 +54,22 @@ def gradients(leaves: tuple[int | None, int | None] = (8, 8), axis_name: str | N
     return run
 
 
+@jax.jit
+def without_a_mesh(q, k, q_scale, k_scale, cos, sin, dq, dk):
+    y, pull = jax.vjp(lambda *of: norm_rope(*of, cos, sin, eps=EPS), q, k, q_scale, k_scale)
+    return y, pull((dq, dk))
+
+
+def leaf_by_leaf(q, k, q_scale, k_scale, cos, sin, dq, dk):
+    """The gradients of each leaf's heads alone; those of the scales in f32, and then the tree over leaves."""
+    scales = [scale.astype(np.float32) for scale in (q_scale, k_scale)]
+    leaves = zip(*(np.split(x, 8, 2) for x in (q, k, dq, dk)), strict=True)
+    each = [without_a_mesh(q, k, *scales, cos, sin, dq, dk)[1] for q, k, dq, dk in leaves]
+    *rows, of_q, of_k = (list(map(np.asarray, parts)) for parts in zip(*each, strict=True))
+    d_scales = [CONTRACT.tree_over(8).reduce(parts, np.add).astype(q_scale.dtype) for parts in (of_q, of_k)]
+    return [np.concatenate(parts, 2) for parts in rows], d_scales
+
+
 def slotted(x: np.ndarray, ranks: int) -> np.ndarray:
     plan = schedule(CONTRACT.tree_over(8), ranks)
     by_leaf = np.moveaxis(x.reshape(*TOKENS, 8, -1, DIM), 2, 0)
@@ -71,16 +85,9 @@ def unslotted(x: Any, ranks: int) -> np.ndarray:
 @pytest.mark.parametrize("ranks, dtype", [(1, "float32"), (3, "float32"), (3, "bfloat16"), (8, "float32")])
 def test_any_mesh(rng, ranks, dtype):
     """Against the stage without a mesh, and its scales' gradients leaf by leaf; NaN where no rank may read."""
-    q, k, q_scale, k_scale, cos, sin, dq, dk = arguments = case(rng, dtype)
-    y = norm_rope(q, k, q_scale, k_scale, cos, sin, eps=EPS)
-    one = jax.jit(partial(norm_rope_gradients, eps=EPS))
-    d_rows, d_scales = [], []
-    for x, scale, dy in ((q, q_scale, dq), (k, k_scale, dk)):
-        d_rows.append(one(x, scale, dy, cos, sin)[0])
-        leaves = zip(np.split(x, 8, 2), np.split(dy, 8, 2), strict=True)
-        wide = scale.astype(np.float32)
-        parts = [np.asarray(one(x, wide, dy, cos, sin)[1]) for x, dy in leaves]
-        d_scales.append(CONTRACT.tree_over(8).reduce(parts, np.add).astype(dtype))
+    arguments = case(rng, dtype)
+    y, (*d_rows, _, _) = without_a_mesh(*arguments)
+    _, d_scales = leaf_by_leaf(*arguments)
     given = [slotted(x, ranks) if spec == HEADS else x for x, spec in zip(arguments, SPECS, strict=True)]
     lie = {"in_specs": SPECS, "out_specs": ((HEADS, HEADS), (HEADS, HEADS, P(), P()))}
 
@@ -101,14 +108,8 @@ def test_leaves_in_one_launch(rng, monkeypatch, ranks):
         families.hopper(monkeypatch)
     monkeypatch.setitem(globals(), "DIM", 64)
     jax.clear_caches()
-    q, k, q_scale, k_scale, cos, sin, dq, dk = arguments = case(rng, "bfloat16")
-    want_rows, want_scales = [], []
-    for x, scale, dy in ((q, q_scale, dq), (k, k_scale, dk)):
-        leaves = zip(np.split(x, 8, 2), np.split(dy, 8, 2), strict=True)
-        each = [norm_rope_gradients(x, scale.astype(np.float32), dy, cos, sin, eps=EPS) for x, dy in leaves]
-        want_rows.append(np.concatenate([dx for dx, _ in each], 2))
-        parts = [np.asarray(dscale) for _, dscale in each]
-        want_scales.append(CONTRACT.tree_over(8).reduce(parts, np.add).astype("bfloat16"))
+    arguments = case(rng, "bfloat16")
+    want_rows, want_scales = leaf_by_leaf(*arguments)
     given = [slotted(x, ranks) if spec == HEADS else x for x, spec in zip(arguments, SPECS, strict=True)]
     lie = {"in_specs": SPECS, "out_specs": ((HEADS, HEADS), (HEADS, HEADS, P(), P()))}
     _, (found_dq, found_dk, *found_scales) = jax.jit(emulate(gradients(), ranks=ranks, **lie))(*given)

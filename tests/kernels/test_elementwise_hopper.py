@@ -22,7 +22,7 @@ from tbik_jax.emulate import emulate
 from tbik_jax.kernels import backend, exact
 from tbik_jax.kernels.hopper import formulas, maps, norms, simt, sums
 from tbik_jax.kernels.hopper.spec import exp_sum, norm, norm_gradients, rotated, row_sum
-from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients, norm_rope_gradients_by_leaf
+from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients_by_leaf
 from tbik_jax.kernels.residual import add
 from tbik_jax.kernels.rms_norm import add_rms_norm, rms_norm
 from tbik_jax.kernels.rope import rope
@@ -445,11 +445,11 @@ def test_gradients_of_heads_at_once_and_leaf_by_leaf(rng, monkeypatch, tokens, d
     leaves, cos, sin = (8, 8), *turning(rng, tokens, d)
     xs, dys = ([normal(rng, tokens, heads, d, dtype=dtype) for heads in (32, 8)] for _ in range(2))
     scales = [normal(rng, d, dtype=dtype) for _ in leaves]
-    alone = jax.jit(lambda *of: norm_rope_gradients(*of, cos, sin, eps=EPS))
+    alone = jax.jit(lambda *of: norm_rope_gradients_by_leaf(*([x] for x in of), cos, sin, eps=EPS, leaves=[1]))
     want = []
     for x, scale, dy in zip(xs, scales, dys, strict=True):
         each = [alone(x, scale.astype(f32), dy) for x, dy in zip(np.split(x, 8, 1), np.split(dy, 8, 1), strict=True)]
-        want.append((np.concatenate([dx for dx, _ in each], 1), np.stack([dscale for _, dscale in each])))
+        want.append((np.concatenate([dx for (dx,), _ in each], 1), np.concatenate([dscale for _, (dscale,) in each])))
     for most in (0, norms._ALONE, 1 << 30):
         monkeypatch.setattr(norms, "_ALONE", most)
         run = jax.jit(lambda xs, dys: norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves))
