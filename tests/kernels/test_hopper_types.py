@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tbik_jax import Contract, collectives, dense
+from tbik_jax import Contract, collectives, dense, tree_value_and_grad
 from tbik_jax.engine import Generator, Sampling, make_mesh
 from tbik_jax.kernels import backend, matmul
 from tbik_jax.models.loading import load
@@ -17,7 +18,7 @@ from tbik_jax.models.random import RandomSource
 from tbik_jax.numerics import Numerics
 from tests.generators import SMALL
 from tests.meshes import mesh_of
-from tests.models.test_gradients import backward
+from tests.models.test_gradients import backward, split
 
 CONTRACT = Contract()
 
@@ -97,6 +98,26 @@ def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
         text = str(jax.make_jaxpr(step)(run._state, *given))
         # The layers are traced once, whether they are scanned or called.
         assert (text.count("name=open_mailbox"), text.count("name=sum_add_norm")) == (1, 2)
+
+
+@pytest.mark.parametrize("dp, tp", [(1, 1), (3, 2)])
+def test_the_gradient_over_a_batch(dp, tp):
+    config = dataclasses.replace(SMALL, head_dim=64, num_heads=8, num_kv_heads=4, qk_norm=True)
+    mesh = make_mesh(tp, dp)
+    graph, state, specs = split(
+        load(config, RandomSource(config), Numerics.invariant(CONTRACT), mesh, dtype="bfloat16")
+    )
+
+    def loss(state, tokens):
+        positions = jnp.broadcast_to(jnp.arange(30), tokens.shape)
+        return dense.token_sum(nnx.merge(graph, state).cross_entropy(tokens, positions, tokens))
+
+    step = tree_value_and_grad(loss, axis_name="dp", contract=CONTRACT, dtype=jnp.float32)
+    whole = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("dp")), out_specs=(P(), specs))
+    slots = -(-CONTRACT.leaves // dp)
+    _, gradients = jax.eval_shape(whole, state, jax.ShapeDtypeStruct((dp * slots * 2, 30), jnp.int32))
+    assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, state)
+    assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
