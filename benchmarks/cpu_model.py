@@ -96,16 +96,16 @@ def _program(side, name, batch, np, Sampling):
         held = {"cache": side.new_cache(batch, 256)}
 
         def run() -> None:
-            token, _, held["cache"] = prefill(side._state, tokens, lengths, seeds, held["cache"])
-            token.block_until_ready()
+            step, held["cache"] = prefill(side._state, tokens, lengths, seeds, held["cache"])
+            step.tokens.block_until_ready()
 
         return run
     tokens = generator.integers(0, side.config.vocab_size, batch, np.int32)
     held = {"cache": side.new_cache(batch, 320)}
 
     def run() -> None:
-        token, _, held["cache"] = decode(side._state, tokens, lengths, seeds, held["cache"])
-        token.block_until_ready()
+        step, held["cache"] = decode(side._state, tokens, lengths, seeds, held["cache"])
+        step.tokens.block_until_ready()
 
     return run
 

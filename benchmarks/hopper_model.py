@@ -131,15 +131,15 @@ def measured(generator: Generator, work: str, options: argparse.Namespace) -> di
         where = jnp.full(batch, CONTEXT, jnp.int32)
     seeds, cache = jnp.zeros(batch, jnp.uint32), generator.new_cache(batch, capacity)
     start = time.perf_counter()
-    token, _, cache = run(generator._state, tokens, where, seeds, cache)
-    token.block_until_ready()
+    step, cache = run(generator._state, tokens, where, seeds, cache)
+    step.tokens.block_until_ready()
     print(f"  compiled in {time.perf_counter() - start:.1f} s", flush=True)
     times = []
     for _ in range(options.groups + 1):
         start = time.perf_counter()
         for _ in range(steps):
-            token, _, cache = run(generator._state, tokens, where, seeds, cache)
-        token.block_until_ready()
+            step, cache = run(generator._state, tokens, where, seeds, cache)
+        step.tokens.block_until_ready()
         times.append(1e3 * (time.perf_counter() - start) / steps)
     times = times[1:]
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -150,7 +150,7 @@ def measured(generator: Generator, work: str, options: argparse.Namespace) -> di
 
         cupti = mosaic_gpu._mosaic_gpu_ext
         cupti._cupti_init()
-        run(generator._state, tokens, where, seeds, cache)[0].block_until_ready()
+        run(generator._state, tokens, where, seeds, cache)[0].tokens.block_until_ready()
         kernels = cupti._cupti_get_timings(True)
         total: dict[str, float] = collections.defaultdict(float)
         for name, taken in kernels:

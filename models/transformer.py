@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
         Returns:
             ``([B, T or 1, V] f32, the same on every rank of TENSOR; the cache or None)``.
         """
-        logits, cache = self._local_logits(tokens, positions, cache, only)
+        logits, cache = self.local_logits(tokens, positions, cache, only)
         return dense.gather_logits(logits, self.vocabulary), cache
 
     def cross_entropy(self, tokens: Array, positions: Array, labels: Array) -> Array:
@@ -249,13 +249,13 @@ class Transformer(nnx.Module):
 
         ``labels [B, T]`` are what follows ``tokens``. The logits of the vocabulary stay on the ranks that hold them.
         """
-        logits, _ = self._local_logits(tokens, positions, None, None)
+        logits, _ = self.local_logits(tokens, positions)
         return self.numerics.cross_entropy(logits, labels, self.vocabulary)
 
-    def _local_logits(
-        self, tokens: Array, positions: Array, cache: KVCache | None, only: Array | None
+    def local_logits(
+        self, tokens: Array, positions: Array, cache: KVCache | None = None, only: Array | None = None
     ) -> tuple[Array, KVCache | None]:
-        """``[B, T or 1, slots * width]``: of this rank's part of the vocabulary."""
+        """What a call gathers: ``[B, T or 1, slots * width]`` f32, of this rank's part of the vocabulary; and the cache."""
         numerics, config = self.numerics, self.config
         length = tokens.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
         cos, sin = (jnp.asarray(table)[positions] for table in rope_tables(config, length))

@@ -155,9 +155,9 @@ def generate(
     stream, stop = tokenizer.stream(), tokenizer.eos_token_ids or opened.config.eos_token_ids
     if not chat:
         print(text, end="", flush=True)
-    for tokens, _ in generator.stream([ids], max_new_tokens, sampling, seeds=[seed], stop=stop):
-        if int(tokens[0]) not in stop:
-            print(stream.push(int(tokens[0])), end="", flush=True)
+    for step in generator.stream([ids], max_new_tokens, sampling, seeds=[seed], stop=stop):
+        if (token := int(step.tokens[0])) not in stop:
+            print(stream.push(token), end="", flush=True)
     print(stream.finish())
 
 

@@ -233,11 +233,11 @@ def _nodes(
     pops = np.zeros((plan.ranks, plan.slots, storages), bool)
     pushes = np.full((plan.ranks, plan.slots), -1)  # an idle slot goes nowhere
     for rank, steps in enumerate(programs):
-        for slot, step in enumerate(steps.steps):
-            pops[rank, slot, list(step.pops)] = True
-            pushes[rank, slot] = storages + steps.ends.index(slot) if step.push is None else step.push
-    rank = 0 if axis_name is None else lax.axis_index(axis_name)
-    tables = jnp.asarray(pops)[rank], jnp.asarray(pushes)[rank]
+        for slot, behind in enumerate(steps.steps):
+            pops[rank, slot, list(behind.pops)] = True
+            pushes[rank, slot] = storages + steps.ends.index(slot) if behind.push is None else behind.push
+    mine: Any = 0 if axis_name is None else lax.axis_index(axis_name)
+    tables = jnp.asarray(pops)[mine], jnp.asarray(pushes)[mine]
 
     kinds = jax.make_jaxpr(of_leaf)(jax.tree.map(lambda x: x[0], by_slot)).out_avals
     zeros = [vary(jnp.zeros(kind.shape, kind.dtype), *sorted(axes_of_type(kind))) for kind in kinds]

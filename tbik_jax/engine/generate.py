@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tbik_jax import dense
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import for_mesh
 from tbik_jax.emulate import emulate
@@ -54,6 +55,16 @@ class Generation:
     tokens: tuple[int, ...]
     #: ``[len(tokens), V]`` f32: the logits that each token was chosen from; None unless asked for.
     logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    #: ``[len(tokens)]`` f32: the log-probability of each token, under the model itself; None unless asked for.
+    log_probs: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+class Step(NamedTuple):
+    """The next token of every prompt, with what it was chosen from, if asked for; see :class:`Generation`."""
+
+    tokens: Any  #: ``[B]``
+    logits: Any  #: ``[B, V]``
+    log_probs: Any  #: ``[B]``
 
 
 class Generator:
@@ -143,6 +154,14 @@ class Generator:
         return self._compile(f, (P(DATA),), P(DATA))
 
     @cached_property
+    def _log_probs(self) -> Callable[..., Array]:
+        def f(model: Transformer, tokens: Array, labels: Array) -> Array:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            return -model.cross_entropy(tokens, positions, labels)
+
+        return self._compile(f, (P(DATA), P(DATA)), P(DATA))
+
+    @cached_property
     def _extend(self) -> Callable[..., tuple[Array, KVCache]]:
         """All logits of a piece of the context, given what came before."""
 
@@ -155,31 +174,43 @@ class Generator:
         return self._compile(f, (P(DATA), P(DATA), of_cache), (P(DATA), of_cache), donate=3)
 
     @cached_property
-    def _steps(self) -> dict[Sampling, tuple[Callable[..., Any], Callable[..., Any]]]:
+    def _steps(self) -> dict[Any, tuple[Callable[..., Any], Callable[..., Any]]]:
         return {}
 
-    def _compiled(self, sampling: Sampling) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        if sampling not in self._steps:
+    def _compiled(
+        self, sampling: Sampling, *, with_log_probs: bool = False
+    ) -> tuple[Callable[..., tuple[Step, KVCache]], Callable[..., tuple[Step, KVCache]]]:
+        """Prefill and decode: ``(state, tokens, lengths or positions, seeds, cache) -> (step, cache)``."""
 
-            def prefill(
-                model: Transformer, tokens: Array, lengths: Array, seeds: Array, cache: KVCache
-            ) -> tuple[Array, Array, KVCache]:
-                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-                logits, cache = model(tokens, positions, cache, only=lengths - 1)  # type: ignore[assignment]
-                return sample(logits[:, 0], seeds, lengths, sampling), logits[:, 0], cache
+        def step(model: Transformer, local: Array, seeds: Array, positions: Array) -> Step:
+            local = local[:, 0]
+            logits = dense.gather_logits(local, model.vocabulary)
+            tokens = sample(logits, seeds, positions, sampling)
+            losses = model.numerics.cross_entropy(local, tokens, model.vocabulary) if with_log_probs else None
+            return Step(tokens, logits, None if losses is None else -losses)
 
-            def decode(
-                model: Transformer, tokens: Array, positions: Array, seeds: Array, cache: KVCache
-            ) -> tuple[Array, Array, KVCache]:
-                logits, cache = model(tokens[:, None], positions[:, None], cache)  # type: ignore[assignment]
-                return sample(logits[:, 0], seeds, positions + 1, sampling), logits[:, 0], cache
+        def prefill(
+            model: Transformer, tokens: Array, lengths: Array, seeds: Array, cache: KVCache
+        ) -> tuple[Step, KVCache | None]:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            local, after = model.local_logits(tokens, positions, cache, lengths - 1)
+            return step(model, local, seeds, lengths), after
 
+        def decode(
+            model: Transformer, tokens: Array, positions: Array, seeds: Array, cache: KVCache
+        ) -> tuple[Step, KVCache | None]:
+            local, after = model.local_logits(tokens[:, None], positions[:, None], cache)
+            return step(model, local, seeds, positions + 1), after
+
+        kind = sampling, with_log_probs
+        if kind not in self._steps:
             of_cache = KVCache.spec(stacked=self._stacked)
-            specs, outs = (P(DATA), P(DATA), P(DATA), of_cache), (P(DATA), P(DATA), of_cache)
-            self._steps[sampling] = tuple(  # type: ignore[assignment]
+            specs = P(DATA), P(DATA), P(DATA), of_cache
+            outs = Step(P(DATA), P(DATA), P(DATA) if with_log_probs else None), of_cache
+            self._steps[kind] = tuple(  # type: ignore[assignment]
                 self._compile(f, specs, outs, donate=4) for f in (prefill, decode)
             )
-        return self._steps[sampling]
+        return self._steps[kind]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A finite cache for ``capacity`` positions, rounded up to whole attention blocks."""
@@ -203,6 +234,18 @@ class Generator:
         batch, lengths = self._batch(prompts)
         logits = np.asarray(self._score(self._state, batch))
         return [logits[i, :n] for i, n in enumerate(lengths[: len(prompts)])]
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """``log p(token | the tokens before it)``, f32 ``[len(sequence) - 1]``: of every token but the first.
+
+        Guarantee: the bits of ``-``:meth:`Transformer.cross_entropy <tbik_jax.models.transformer.Transformer.cross_entropy>`
+        on a trainer's mesh, and of :meth:`generate`'s ``log_probs`` for the tokens that it chose.
+        """
+        self._check("log_probs", sequences).raise_if_any()
+        batch, lengths = self._batch(sequences)
+        labels = np.pad(batch[:, 1:], ((0, 0), (0, 1)))
+        found = np.asarray(self._log_probs(self._state, batch, labels))
+        return [found[i, : n - 1] for i, n in enumerate(lengths[: len(sequences)])]
 
     def score_in_chunks(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[np.ndarray]:
         """The same logits, computed ``chunk`` positions at a time through the KV cache; ``chunk=1`` is decoding."""
@@ -229,8 +272,9 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop: Sequence[int] | None = None,
         with_logits: bool = False,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """``(tokens [B], logits [B, V] or None)`` step by step, until every prompt has met a stop token.
+        with_log_probs: bool = False,
+    ) -> Iterator[Step]:
+        """Step by step, until every prompt has met a stop token.
 
         Takes what :meth:`generate` takes and raises what it raises, at the call.
         """
@@ -239,9 +283,8 @@ class Generator:
             problems.check(len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts")
             wrong = [seed for seed in seeds if not _is_index(seed, 2**32)]
             problems.check(not wrong, f"seeds are integers in 0..2**32-1; these are not: {wrong[:5]}")
-        return self._stream(
-            prompts, max_new_tokens, sampling or Sampling(), seeds, list(() if stop is None else stop), with_logits
-        )
+        stop = list(() if stop is None else stop)
+        return self._stream(prompts, max_new_tokens, sampling or Sampling(), seeds, stop, with_logits, with_log_probs)
 
     def _stream(
         self,
@@ -251,24 +294,26 @@ class Generator:
         seeds: list[int],
         stop: list[int],
         with_logits: bool,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        with_log_probs: bool,
+    ) -> Iterator[Step]:
         if max_new_tokens == 0:
             return
-        prefill, decode = self._compiled(sampling)
+        prefill, decode = self._compiled(sampling, with_log_probs=with_log_probs)
         tokens, lengths = self._batch(prompts)
         count = len(tokens)
         seeds_of = np.array(seeds + [0] * (count - len(prompts)), np.uint32)
         cache = self.new_cache(count, max(tokens.shape[1], max(lengths) + max_new_tokens))
         ended = np.array([i >= len(prompts) for i in range(count)])
-        last, logits, cache = prefill(self._state, tokens, np.array(lengths, np.int32), seeds_of, cache)
-        for step in range(max_new_tokens):
-            host = np.asarray(last)
-            yield host[: len(prompts)], np.asarray(logits)[: len(prompts)] if with_logits else None
-            ended |= np.isin(host, stop)
-            if ended.all() or step + 1 == max_new_tokens:
+        last, cache = prefill(self._state, tokens, np.array(lengths, np.int32), seeds_of, cache)
+        for number in range(max_new_tokens):
+            kept = Step(last.tokens, last.logits if with_logits else None, last.log_probs)
+            host = jax.tree.map(np.asarray, kept)
+            yield jax.tree.map(lambda x: x[: len(prompts)], host)
+            ended |= np.isin(host.tokens, stop)
+            if ended.all() or number + 1 == max_new_tokens:
                 return
-            positions = np.array(lengths, np.int32) + step
-            last, logits, cache = decode(self._state, last, positions, seeds_of, cache)
+            positions = np.array(lengths, np.int32) + number
+            last, cache = decode(self._state, last.tokens, positions, seeds_of, cache)
 
     def generate(
         self,
@@ -279,6 +324,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop: Sequence[int] | None = None,
         with_logits: bool = False,
+        with_log_probs: bool = False,
     ) -> list[Generation]:
         """Continue every prompt, up to and including its first ``stop`` token.
 
@@ -288,21 +334,25 @@ class Generator:
             sampling: Greedy by default.
             seeds: One per prompt, by default 0, 1, 2, ...
             with_logits: Keep the logits of every step.
+            with_log_probs: Keep the log-probability of every token: the model's own, whatever the temperature.
 
         Raises:
             ValueError: an empty prompt, an unknown token id, more tokens than the model's context.
         """
-        steps = list(self.stream(prompts, max_new_tokens, sampling, seeds=seeds, stop=stop, with_logits=with_logits))
+        how = {"seeds": seeds, "stop": stop, "with_logits": with_logits, "with_log_probs": with_log_probs}
+        steps = list(self.stream(prompts, max_new_tokens, sampling, **how))  # type: ignore[arg-type]
         results = []
         for i, prompt in enumerate(prompts):
-            tokens = [int(step[0][i]) for step in steps]
+            tokens = [int(step.tokens[i]) for step in steps]
             ends = [at for at, token in enumerate(tokens) if token in set(() if stop is None else stop)]
             count = ends[0] + 1 if ends else len(tokens)
-            logits = None
+            logits = log_probs = None
             if with_logits:
-                rows = [step[1][i] for step in steps[:count] if step[1] is not None]
+                rows = [step.logits[i] for step in steps[:count]]
                 logits = np.array(rows, np.float32).reshape(count, self.config.vocab_size)
-            results.append(Generation(tuple(prompt), tuple(tokens[:count]), logits))
+            if with_log_probs:
+                log_probs = np.array([step.log_probs[i] for step in steps[:count]], np.float32)
+            results.append(Generation(tuple(prompt), tuple(tokens[:count]), logits, log_probs))
         return results
 
     # Checks --------------------------------------------------------------------------------------------------------------

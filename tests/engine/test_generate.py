@@ -13,7 +13,7 @@ from tbik_jax.engine import Generator, Sampling, make_mesh
 from tbik_jax.models.loading import load
 from tbik_jax.models.random import RandomSource
 from tbik_jax.numerics import Numerics
-from tbik_jax.testing import assert_bitwise_equal, digest
+from tbik_jax.testing import assert_bitwise_equal, bits, digest
 from tests.generators import SMALL, generator, prompts
 
 PROMPTS = prompts(5, 3)
@@ -108,10 +108,10 @@ def test_a_cache_has_the_models_dtype_and_every_ranks_heads():
 def test_a_stream_has_the_tokens_of_generate(run, full):
     steps = list(run.stream(PROMPTS, NEW, WARM, with_logits=True))
     assert len(steps) == NEW
-    for at, (tokens, logits) in enumerate(steps):
+    for at, (tokens, logits, _) in enumerate(steps):
         assert tokens.tolist() == [g.tokens[at] for g in full]
         assert_bitwise_equal(logits, np.stack([g.logits[at] for g in full]), f"logits of step {at}")
-    assert all(logits is None for _, logits in run.stream(PROMPTS, 2, WARM))
+    assert all(step[1:] == (None, None) for step in run.stream(PROMPTS, 2, WARM))
 
 
 def test_seeds_are_counted_by_default(run, full):
@@ -129,7 +129,35 @@ def test_greedy_needs_no_seed(run):
 def test_rows_that_fill_up_a_data_parallel_mesh_do_not_show():
     run = generator(dp=2, pack=False)
     steps = list(run.stream(prompts(5, 3, 4), 2, with_logits=True))
-    assert [(tokens.shape, logits.shape) for tokens, logits in steps] == [((3,), (3, SMALL.vocab_size))] * 2
+    assert [(step.tokens.shape, step.logits.shape) for step in steps] == [((3,), (3, SMALL.vocab_size))] * 2
+
+
+# Log-probabilities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_rollouts_log_probabilities_are_the_trainers(dtype):
+    """Decoding on three ranks, and one full-sequence forward on a mesh of 2 x 2, whose losses a trainer takes."""
+    given = prompts(5, 3, 9, 4)
+    rollout = generator(tp=3, dtype=dtype).generate(given, NEW, WARM, with_log_probs=True)
+    sequences = [[*g.prompt, *g.tokens] for g in rollout]
+    scored = generator(tp=2, dp=2, dtype=dtype, pack=False).log_probs(sequences)
+    for g, of_all in zip(rollout, scored, strict=True):
+        assert_bitwise_equal(of_all[len(g.prompt) - 1 :], g.log_probs)
+    (logits,) = generator(tp=3, dtype=dtype).score(sequences[:1])
+    wide = logits[:-1].astype(np.float64)
+    chosen = np.take_along_axis(wide, np.array(sequences[0])[1:, None], -1)[:, 0]
+    wide -= wide.max(-1, keepdims=True)
+    want = chosen - logits[:-1].max(-1) - np.log(np.exp(wide).sum(-1))
+    np.testing.assert_allclose(scored[0], want, rtol=0, atol=2e-6)
+
+
+def test_twin_plain_log_probabilities_differ():
+    given = prompts(5, 3, 9, 4)
+    rollout = generator(tp=2, numerics=Numerics.plain()).generate(given, NEW, WARM, with_log_probs=True)
+    scored = generator(numerics=Numerics.plain()).log_probs([[*g.prompt, *g.tokens] for g in rollout])
+    assert any((bits(s[len(g.prompt) - 1 :]) != bits(g.log_probs)).any() for g, s in zip(rollout, scored, strict=True))
 
 
 # Packing -------------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
     rows = [jax.ShapeDtypeStruct((2,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.uint32)]
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     for step, given in ((prefill, (tokens, *rows[1:], cache)), (decode, (*rows, cache))):
-        next_token, logits, _ = jax.eval_shape(step, run._state, *given)
-        assert (next_token.shape, logits.shape) == ((2,), (2, config.vocab_size))
+        found, _ = jax.eval_shape(step, run._state, *given)
+        assert (found.tokens.shape, found.logits.shape, found.log_probs) == ((2,), (2, config.vocab_size), None)
         text = str(jax.make_jaxpr(step)(run._state, *given))
         # The layers are traced once, whether they are scanned or called.
         assert (text.count("name=open_mailbox"), text.count("name=sum_add_norm")) == (1, 2)

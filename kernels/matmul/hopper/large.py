@@ -440,8 +440,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     if program.storages == 1:
                         return _Held((waiting + value,), node, goes_to, tile)
                     for place in range(sums, program.storages) if late_sums else ():
-                        goes = _holds(program.mask(lambda step, place=place: step.push == place), leaf, program.leaves)
-                        goes_to = lax.select(goes, jnp.int32(place), goes_to)
+                        there = sum(1 << i for i, step in enumerate(program.steps) if step.push == place)
+                        goes_to = lax.select(_holds(there, leaf, program.leaves), jnp.int32(place), goes_to)
                     values = settling.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf)))
                     return _Held(values, node, goes_to, tile)
 
