@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from tbik_jax.numerics import Numerics
+from tbik_jax.optimizer import Cut
 
 Array = jax.Array
 
@@ -51,6 +52,16 @@ def parameter(origin: Origin, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.P
     split = () if origin.cut == "whole" else (TENSOR,)
     spec = P(*[None] * len(lead), *split)
     return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
+
+
+def cuts(state: Any) -> list[tuple[Cut, ...]]:
+    """How a mesh may split each parameter of a state, or what lies like it: for :func:`tbik_jax.optimizer.global_norm`."""
+
+    def of(variable: nnx.Variable[Any]) -> tuple[Cut, ...]:
+        origin: Origin = variable.get_metadata()["origin"]
+        return () if origin.cut == "whole" else (Cut(TENSOR, int(origin.stacked), max(origin.slots) + 1),)
+
+    return [of(variable) for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,10 +18,12 @@ from tbik_jax.engine import make_mesh
 from tbik_jax.kernels.exact import product
 from tbik_jax.models.config import ModelConfig
 from tbik_jax.models.layout import Layout
+from tbik_jax.models.linear import cuts
 from tbik_jax.models.loading import load
 from tbik_jax.models.random import RandomSource
 from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
+from tbik_jax.optimizer import AdamWState, adamw, apply_updates, clip_by_global_norm
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tests.generators import SMALL
 
@@ -97,52 +99,81 @@ LABELS = np.where(np.arange(29) == 4, -100, np.roll(BATCH, -1, axis=1))
 SHALLOW = dataclasses.replace(GROUPED, num_layers=1)
 
 
-def of_a_batch(dp: int, tp: int, *, numerics: Numerics = INVARIANT, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """The mean cross-entropy of a batch, and its gradient by every parameter."""
+def trained(
+    dp: int, tp: int, *, numerics: Numerics = INVARIANT, dtype: str = "float32"
+) -> dict[str, dict[str, np.ndarray]]:
+    """Two steps of training: the losses, and by name the first gradients, and what became of parameters and moments."""
     mesh = make_mesh(tp, dp)
     model = load(SHALLOW, RandomSource(SHALLOW), numerics, mesh, dtype=dtype)
     graph, state, specs = split(model)
     count = int((LABELS >= 0).sum())
+    optimizer = adamw(1e-2, weight_decay=0.1)
 
     def loss(state: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         losses = nnx.merge(graph, state).cross_entropy(tokens, positions, labels)
         return product(dense.token_sum(losses), 1 / count)
 
-    step = tree_value_and_grad(loss, axis_name="dp", contract=numerics.contract, leaves=4)
-    call = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("dp"), P("dp")), out_specs=(P(), specs))
-    value, found = jax.jit(call)(state, *batch_slots((BATCH, LABELS), leaves=4, ranks=dp))
-    return {"loss": np.asarray(value), **by_name(found)}
+    gradient_of = tree_value_and_grad(loss, axis_name="dp", contract=numerics.contract, leaves=4, dtype=jnp.float32)
+
+    def step(state: Any, moments: Any, *batch: jax.Array) -> Any:
+        value, gradients = gradient_of(state, *batch)
+        clipped, norm = clip_by_global_norm(gradients, 0.3, contract=numerics.contract, cuts=cuts(gradients))
+        updates, moments = optimizer.update(clipped, moments, state)
+        return {"loss": value, "norm": norm}, gradients, apply_updates(state, updates), moments
+
+    of_moments = AdamWState(P(), P(), specs, specs)
+    call = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, of_moments, P("dp"), P("dp")), out_specs=(P(), specs, specs, of_moments)
+        )
+    )
+    batch = batch_slots((BATCH, LABELS), leaves=4, ranks=dp)
+    first, gradients, state, moments = call(state, optimizer.init(state), *batch)
+    second, _, state, moments = call(state, moments, *batch)
+    numbers = {f"{name} {at}": np.asarray(x) for at, of in enumerate((first, second)) for name, x in of.items()}
+    return {
+        "numbers": numbers,
+        "gradients": by_name(gradients),
+        "parameters": by_name(state),
+        "mu": by_name(moments.mu),
+        "nu": by_name(moments.nu),
+    }
 
 
 @pytest.fixture(scope="module")
-def on_one_device() -> dict[str, np.ndarray]:
-    return of_a_batch(1, 1)
+def on_one_device() -> dict[str, dict[str, np.ndarray]]:
+    return trained(1, 1)
 
 
 @pytest.mark.parametrize(
     "dp, tp", [(3, 2), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
 )
-def test_every_split_of_a_batch(on_one_device, dp, tp):
-    assert_bitwise_equal(of_a_batch(dp, tp), on_one_device, f"dp {dp} x tp {tp}")
+def test_training_on_every_mesh(on_one_device, dp, tp):
+    assert_bitwise_equal(trained(dp, tp), on_one_device, f"dp {dp} x tp {tp}")
 
 
 @pytest.mark.slow
-def test_every_split_of_a_batch_in_bfloat16():
+def test_training_in_bfloat16():
     numerics = Numerics.invariant(Contract(tree=(3, 2, 2)))
-    one, other = (of_a_batch(dp, tp, numerics=numerics, dtype="bfloat16") for dp, tp in ((1, 1), (3, 2)))
+    one, other = (trained(dp, tp, numerics=numerics, dtype="bfloat16") for dp, tp in ((1, 1), (3, 2)))
     assert_bitwise_equal(other, one)
 
 
-def test_values_of_a_batch(on_one_device):
-    """Against plain numerics on the same tree over the batch."""
-    plain = of_a_batch(1, 1, numerics=PLAIN)
-    for name, got in on_one_device.items():
-        np.testing.assert_allclose(got, plain[name], rtol=0, atol=2e-5 * np.abs(plain[name]).max(), err_msg=name)
+def test_values_of_training(on_one_device):
+    """Against plain numerics on the same tree over the batch; losses fall."""
+    numbers, plain = on_one_device["numbers"], trained(1, 1, numerics=PLAIN)
+    for name, got in on_one_device["gradients"].items():
+        want = plain["gradients"][name]
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max(), err_msg=name)
+    for name, number in numbers.items():
+        np.testing.assert_allclose(number, plain["numbers"][name], rtol=1e-4, err_msg=name)
+    assert numbers["loss 1"] < numbers["loss 0"]
+    assert numbers["norm 0"] > 0.3, "nothing was clipped"
 
 
-def test_twin_plain_gradients_of_a_batch_differ_between_meshes():
-    one, other = (of_a_batch(dp, tp, numerics=PLAIN) for dp, tp in ((1, 1), (2, 3)))
+def test_twin_plain_training_differs_between_meshes():
+    one, other = (trained(dp, tp, numerics=PLAIN)["gradients"] for dp, tp in ((1, 1), (2, 3)))
     assert any((bits(one[name]) != bits(other[name])).any() for name in one)
 
 
