@@ -38,8 +38,8 @@ class Transformation(NamedTuple):
 class AdamWState(NamedTuple):
     """f32 moments, laid out as the parameters; the powers of the decays, which correct their bias."""
 
-    count: Array
-    powers: Array  #: ``[b1 ** count, b2 ** count]``
+    steps: Array
+    powers: Array  #: ``[b1 ** steps, b2 ** steps]``
     mu: Any
     nu: Any
 
@@ -79,10 +79,10 @@ def adamw(
         with Problems("adamw") as problems:
             problems.check(params is not None, "update wants the parameters too, for their decay")
             problems.check(
-                jax.tree.structure(gradients) == jax.tree.structure(state.mu),
+                jax.tree.structure(gradients) == jax.tree.structure(state.mu),  # type: ignore[operator]
                 "the gradients are no pytree like the parameters that the state was made of",
             )
-        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         powers = product(state.powers, jnp.array([b1, b2], jnp.float32))
         # Scalars once and for all, so that no loop over elements recomputes them in its own way.
         rate, corrections = lax.optimization_barrier((jnp.float32(rate), 1.0 / (1.0 - powers)))
@@ -102,7 +102,7 @@ def adamw(
             return product(step, -rate)
 
         updates = jax.tree.map(one, mu, nu, params, decays)
-        return updates, AdamWState(state.count + 1, powers, mu, nu)
+        return updates, AdamWState(state.steps + 1, powers, mu, nu)
 
     return Transformation(init, update)
 

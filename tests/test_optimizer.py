@@ -86,7 +86,7 @@ def test_values_of_steps(rng):
     got, state = three_steps(p, *gradients)
     # 1 - b2**t is 0.001 at first, known to a part in 20 000 in f32; of a step of 0.01.
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-    assert int(state.count) == 3
+    assert int(state.steps) == 3
 
 
 def test_which_parameters_decay(rng):

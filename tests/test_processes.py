@@ -50,7 +50,7 @@ def rows(tmp_path: Path, processes: int, devices: int, *options: str) -> list[di
 
 def test_processes_have_the_bits_of_one(tmp_path):
     options = "--sections", "bits", "--batches", "8", "--new-tokens", "3"
-    one = rows(tmp_path, 1, 8, *options, "--tp", "3", "--emulate", "8")
+    one = rows(tmp_path, 1, 8, *options, "--tp", "3", "--emulate", "2")
     assert len(one) == 2
     digests = {row["digest"] for row in one}
     assert len(digests) == 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, batch_slots, dense, emulate, tree_value_and_grad
@@ -129,7 +130,12 @@ def trained(
         )
     )
     batch = batch_slots((BATCH, LABELS), leaves=4, ranks=dp)
-    first, gradients, state, moments = call(state, optimizer.init(state), *batch)
+    # Laid out as what comes back, so that the second step is the program of the first.
+    laid_out = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), (of_moments, P("dp")), is_leaf=lambda x: isinstance(x, P)
+    )
+    moments, batch = jax.device_put((optimizer.init(state), batch), laid_out)
+    first, gradients, state, moments = call(state, moments, *batch)
     second, _, state, moments = call(state, moments, *batch)
     numbers = {f"{name} {at}": np.asarray(x) for at, of in enumerate((first, second)) for name, x in of.items()}
     return {
@@ -146,9 +152,7 @@ def on_one_device() -> dict[str, dict[str, np.ndarray]]:
     return trained(1, 1)
 
 
-@pytest.mark.parametrize(
-    "dp, tp", [(3, 2), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dp, tp", [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_training_on_every_mesh(on_one_device, dp, tp):
     assert_bitwise_equal(trained(dp, tp), on_one_device, f"dp {dp} x tp {tp}")
 
@@ -198,11 +202,6 @@ def test_bfloat16_and_a_head_of_its_own():
     numerics = Numerics.invariant(Contract(tree=(3, 2, 2)))
     one = gradients(config, 1, numerics=numerics, dtype="bfloat16")
     assert_bitwise_equal(gradients(config, 2, numerics=numerics, dtype="bfloat16"), one, "2 ranks")
-
-
-def test_twin_plain_gradients_differ_between_meshes(want):
-    one, three = (gradients(GROUPED, tp, numerics=PLAIN) for tp in (1, 3))
-    assert any((bits(one[name]) != bits(three[name])).any() for name in one)
 
 
 def test_values(want):
