@@ -23,6 +23,8 @@ TESTS = {
     "attention": ["tests/kernels/test_attention.py"],
     "gradients": ["tests/kernels/test_attention_backward.py"],
     "stages": ["tests/kernels/test_elementwise_hopper.py", "tests/kernels/test_elementwise.py"],
+    "training": ["tests/models/test_gradients.py"],
+    "others": ["tests/kernels/test_segment_sum.py", "tests/test_gradients.py", "tests/test_optimizer.py"],
 }
 
 

@@ -103,6 +103,18 @@ def test_emulated_and_without_types(how):
     assert_bitwise_equal(on_mesh(3, leaves=8, contract=contract, how=how), one_by_one(8, contract, "float32"))
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason=f"needs a Hopper GPU; the default backend is {jax.default_backend()}"
+)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_emulated_on_a_card(dtype):
+    contract = Contract()
+    for ranks in (1, 2, 3, 8):
+        got = on_mesh(ranks, leaves=8, contract=contract, dtype=dtype, how="emulated")
+        assert_bitwise_equal(got, one_by_one(8, contract, dtype), f"{ranks} ranks")
+
+
 def test_one_device_without_a_mesh():
     contract = Contract()
     step = tree_value_and_grad(loss, axis_name=None, contract=contract)

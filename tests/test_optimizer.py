@@ -52,6 +52,7 @@ NORM = np.float32(1.7)
 PIECES = [slice(0, 1), slice(0, 7), slice(5, 38), slice(77, 60_077)]
 
 
+@pytest.mark.gpu  # here and there
 def test_a_piece_of_an_array_has_the_bits_of_the_whole(rng):
     p, *gradients = drawn(rng)
     steps = jax.jit(clipped_steps)

@@ -101,11 +101,17 @@ SHALLOW = dataclasses.replace(GROUPED, num_layers=1)
 
 
 def trained(
-    dp: int, tp: int, *, numerics: Numerics = INVARIANT, dtype: str = "float32"
+    dp: int,
+    tp: int,
+    *,
+    numerics: Numerics = INVARIANT,
+    dtype: str = "float32",
+    config: ModelConfig = SHALLOW,
+    emulated: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Two steps of training: the losses, and by name the first gradients, and what became of parameters and moments."""
-    mesh = make_mesh(tp, dp)
-    model = load(SHALLOW, RandomSource(SHALLOW), numerics, mesh, dtype=dtype)
+    mesh = make_mesh(1, 1) if emulated else make_mesh(tp, dp)
+    model = load(config, RandomSource(config), numerics, mesh, dtype=dtype, ranks=tp if emulated else None)
     graph, state, specs = split(model)
     count = int((LABELS >= 0).sum())
     optimizer = adamw(1e-2, weight_decay=0.1)
@@ -124,11 +130,15 @@ def trained(
         return {"loss": value, "norm": norm}, gradients, apply_updates(state, updates), moments
 
     of_moments = AdamWState(P(), P(), specs, specs)
-    call = jax.jit(
-        jax.shard_map(
-            step, mesh=mesh, in_specs=(specs, of_moments, P("dp"), P("dp")), out_specs=(P(), specs, specs, of_moments)
+    outs = (P(), specs, specs, of_moments)
+    if emulated:
+        of_tensor = emulate(step, ranks=tp, in_specs=(specs, of_moments, P(), P()), out_specs=outs)
+        call = emulate(
+            of_tensor, ranks=dp, axis_name="dp", in_specs=(P(), P(), P("dp"), P("dp")), out_specs=(P(), P(), P(), P())
         )
-    )
+    else:
+        in_specs = (specs, of_moments, P("dp"), P("dp"))
+        call = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=outs))
     batch = batch_slots((BATCH, LABELS), leaves=4, ranks=dp)
     # Laid out as what comes back, so that the second step is the program of the first.
     laid_out = jax.tree.map(
@@ -152,16 +162,14 @@ def on_one_device() -> dict[str, dict[str, np.ndarray]]:
     return trained(1, 1)
 
 
-@pytest.mark.parametrize("dp, tp", [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
-def test_training_on_every_mesh(on_one_device, dp, tp):
-    assert_bitwise_equal(trained(dp, tp), on_one_device, f"dp {dp} x tp {tp}")
+def test_training_on_a_mesh(on_one_device):
+    assert_bitwise_equal(trained(3, 2), on_one_device)
 
 
 @pytest.mark.slow
-def test_training_in_bfloat16():
-    numerics = Numerics.invariant(Contract(tree=(3, 2, 2)))
-    one, other = (trained(dp, tp, numerics=numerics, dtype="bfloat16") for dp, tp in ((1, 1), (3, 2)))
-    assert_bitwise_equal(other, one)
+def test_training_in_bfloat16_and_emulated():
+    how: dict[str, Any] = {"numerics": Numerics.invariant(Contract(tree=(3, 2, 2))), "dtype": "bfloat16"}
+    assert_bitwise_equal(trained(3, 2, **how, emulated=True), trained(1, 1, **how))
 
 
 def test_values_of_training(on_one_device):
@@ -225,6 +233,14 @@ def test_one_card_emulates_every_mesh(tree, tp):
     one = gradients(ON_A_CARD, 1, numerics=numerics, dtype="bfloat16")
     got = gradients(ON_A_CARD, tp, numerics=numerics, dtype="bfloat16", emulated=True)
     assert_bitwise_equal(got, one, f"{tp} emulated ranks")
+
+
+@on_the_card
+@pytest.mark.gpu
+@pytest.mark.parametrize("dp, tp", [(3, 1), (2, 4)])
+def test_training_emulated_on_a_card(dp, tp):
+    how: dict[str, Any] = {"dtype": "bfloat16", "config": dataclasses.replace(ON_A_CARD, num_layers=1)}
+    assert_bitwise_equal(trained(dp, tp, **how, emulated=True), trained(1, 1, **how))
 
 
 @on_the_card
