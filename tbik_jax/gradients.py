@@ -28,15 +28,16 @@ Array = jax.Array
 
 
 def tree_value_and_grad(
-    f: Callable[..., Array],
+    f: Callable[..., Any],
     *,
     axis_name: str | None,
     contract: Contract,
     leaves: int | None = None,
+    has_aux: bool = False,
     dtype: DTypeLike | None = None,
     scatter_dimensions: Any = None,
     algorithm: Algorithm = "auto",
-) -> Callable[..., tuple[Array, Any]]:
+) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad`` of a sum over a batch that a data-parallel axis splits.
 
         value = tree_l  f(params, batch_l)            grad = tree_l  d f(params, batch_l) / d params
@@ -56,6 +57,8 @@ def tree_value_and_grad(
         contract: Numerics-bearing.
         leaves: Leaves of the whole batch, numerics-bearing: the largest number of ranks and steps that it may ever be split
             in. By default ``contract.leaves``.
+        has_aux: f returns ``(scalar, aux)``. What a rank's leaves give beside is stacked by slot, ``[slots, ...]``, and that of
+            other ranks is theirs; the value comes as ``(value, aux)``.
         dtype: Of the gradients; by default each has its parameter's. Sums are f32 in any case.
         scatter_dimensions: For parameters kept in shards (FSDP): a pytree like ``params`` (or a prefix of it) of the dimension
             along which a rank keeps its slice of the gradient, or None where it keeps all.
@@ -76,7 +79,7 @@ def tree_value_and_grad(
     """
 
     @wraps(f)
-    def value_and_grad(params: Any, *batch: Any) -> tuple[Array, Any]:
+    def value_and_grad(params: Any, *batch: Any) -> tuple[Any, Any]:
         plan = _plan(axis_name, contract.leaves if leaves is None else leaves, contract)
         _check(plan, params, batch)
         kept = _kept(params, scatter_dimensions, plan)
@@ -86,15 +89,14 @@ def tree_value_and_grad(
             jax.tree.map(lambda x: x if axis_name is None else vary(x, axis_name), of) for of in (params, batch)
         )
 
-        def of_leaf(batch: Any) -> tuple[Array, ...]:
-            value, gradients = jax.value_and_grad(_scalar(f))(local, *batch)
-            return tuple(rounded(x.astype(jnp.float32)) for x in (value, *jax.tree.leaves(gradients)))
+        def of_leaf(batch: Any) -> tuple[tuple[Array, ...], Any]:
+            (value, aux), gradients = jax.value_and_grad(_scalar(f, has_aux), has_aux=True)(local, *batch)
+            return tuple(rounded(x.astype(jnp.float32)) for x in (value, *jax.tree.leaves(gradients))), aux
 
         by_slot = jax.tree.map(lambda x: x.reshape(plan.slots, x.shape[0] // plan.slots, *x.shape[1:]), batch)
-        total = _summed(plan, axis_name, of_leaf, by_slot, [None, *kept], algorithm)
-        value, *found = total
+        (value, *found), aux = _summed(plan, axis_name, of_leaf, by_slot, [None, *kept], algorithm)
         gradients = [cast(g, dtype or p.dtype) for g, p in zip(found, jax.tree.leaves(params), strict=True)]
-        return value, jax.tree.unflatten(jax.tree.structure(params), gradients)
+        return (value, aux) if has_aux else value, jax.tree.unflatten(jax.tree.structure(params), gradients)
 
     return value_and_grad
 
@@ -177,15 +179,15 @@ def _kept(params: Any, scatter_dimensions: Any, plan: Schedule) -> list[int | No
     return dimensions
 
 
-def _scalar(f: Callable[..., Array]) -> Callable[..., Array]:
-    def checked(*arguments: Any) -> Array:
-        value = f(*arguments)
+def _scalar(f: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Array, Any]]:
+    def checked(*arguments: Any) -> tuple[Array, Any]:
+        value, aux = f(*arguments) if has_aux else (f(*arguments), None)
         with Problems("tree_value_and_grad") as problems:
             problems.check(
                 jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating),
                 f"f returned {jax.typeof(value)}; it must be a float scalar, the sum over a leaf (dense.token_sum)",
             )
-        return value
+        return value, aux
 
     return checked
 
@@ -196,19 +198,18 @@ def _scalar(f: Callable[..., Array]) -> Callable[..., Array]:
 def _summed(
     plan: Schedule,
     axis_name: str | None,
-    of_leaf: Callable[[Any], tuple[Array, ...]],
+    of_leaf: Callable[[Any], tuple[tuple[Array, ...], Any]],
     by_slot: Any,
     kept: list[int | None],
     algorithm: Algorithm,
-) -> list[Array]:
-    """The canonical sum over all ranks' leaves of every array that ``of_leaf`` returns."""
+) -> tuple[list[Array], Any]:
+    """The canonical sum over all ranks' leaves of every array that ``of_leaf`` returns; what it returns beside, by slot."""
     if plan.slots == 1:
-        values = of_leaf(jax.tree.map(lambda x: x[0], by_slot))
-        nodes = [value[None] for value in values]
+        nodes, aux = jax.tree.map(lambda x: x[None], of_leaf(jax.tree.map(lambda x: x[0], by_slot)))
     else:
-        nodes = _nodes(plan, axis_name, of_leaf, by_slot)
+        nodes, aux = _nodes(plan, axis_name, of_leaf, by_slot)
     if axis_name is None:
-        return [of_array[0] for of_array in nodes]
+        return [of_array[0] for of_array in nodes], aux
     total = []
     for of_array, dimension in zip(nodes, kept, strict=True):
         how: dict[str, Any] = {"tree": plan.tree, "algorithm": algorithm, "of_nodes": True}
@@ -216,13 +217,13 @@ def _summed(
             total.append(tree_psum(of_array, axis_name, **how))
         else:
             total.append(tree_psum_scatter(of_array, axis_name, scatter_dimension=dimension, **how))
-    return total
+    return total, aux
 
 
 def _nodes(
-    plan: Schedule, axis_name: str | None, of_leaf: Callable[[Any], tuple[Array, ...]], by_slot: Any
-) -> list[Array]:
-    """``[width, ...]`` of every array: this rank's node values, its leaves computed one after the other.
+    plan: Schedule, axis_name: str | None, of_leaf: Callable[[Any], tuple[tuple[Array, ...], Any]], by_slot: Any
+) -> tuple[list[Array], Any]:
+    """``[width, ...]`` of every array: this rank's node values, its leaves computed one after the other. And what is beside.
 
     Every rank runs the same loop over slots. What is added and where the sum then waits are tables by rank, since ranks of
     unequal shares have other nodes.
@@ -239,18 +240,19 @@ def _nodes(
     mine: Any = 0 if axis_name is None else lax.axis_index(axis_name)
     tables = jnp.asarray(pops)[mine], jnp.asarray(pushes)[mine]
 
-    kinds = jax.make_jaxpr(of_leaf)(jax.tree.map(lambda x: x[0], by_slot)).out_avals
+    kinds = jax.make_jaxpr(lambda leaf: of_leaf(leaf)[0])(jax.tree.map(lambda x: x[0], by_slot)).out_avals
     zeros = [vary(jnp.zeros(kind.shape, kind.dtype), *sorted(axes_of_type(kind))) for kind in kinds]
     begin = tuple((zero,) * places for zero in zeros)
 
-    def step(waiting: Any, of_slot: Any) -> tuple[Any, None]:
+    def step(waiting: Any, of_slot: Any) -> tuple[Any, Any]:
         leaf, pops, push = of_slot
+        values, aux = of_leaf(leaf)
         after = []
-        for value, sums in zip(of_leaf(leaf), waiting, strict=True):
+        for value, sums in zip(values, waiting, strict=True):
             for storage in range(storages):
                 value = jnp.where(pops[storage], sums[storage] + value, value)
             after.append(tuple(jnp.where(push == place, value, old) for place, old in enumerate(sums)))
-        return tuple(after), None
+        return tuple(after), aux
 
-    held, _ = lax.scan(step, begin, (by_slot, *tables))
-    return [jnp.stack(sums[storages:]) for sums in held]
+    held, aux = lax.scan(step, begin, (by_slot, *tables))
+    return [jnp.stack(sums[storages:]) for sums in held], aux

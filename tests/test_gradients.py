@@ -19,7 +19,7 @@ from tbik_jax import Contract, Tree, batch_slots, dense, emulate, tree_value_and
 from tbik_jax.kernels.exact import product
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tbik_jax.tree import schedule
-from tests.meshes import mesh_of
+from tests.meshes import from_slots, mesh_of
 
 pytestmark = pytest.mark.invariance
 
@@ -120,6 +120,24 @@ def test_one_device_without_a_mesh():
     step = tree_value_and_grad(loss, axis_name=None, contract=contract)
     params, batch = drawn(8)
     assert_bitwise_equal(jax.jit(step)(params, *batch), one_by_one(8, contract, "float32"))
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_what_leaves_give_beside(ranks):
+    """One by one, in the slots of their ranks."""
+    contract = Contract()
+    params, batch = drawn(8)
+
+    def with_largest(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        return loss(params, x, y), {"largest": x.max()}
+
+    step = tree_value_and_grad(with_largest, axis_name="dp", contract=contract, has_aux=True)
+    outs = ((P(), P("dp")), P())
+    call = jax.shard_map(step, mesh=mesh_of(ranks, "dp"), in_specs=(P(), P("dp"), P("dp")), out_specs=outs)
+    (value, beside), gradients = jax.jit(call)(params, *batch_slots(batch, leaves=8, ranks=ranks))
+    assert_bitwise_equal((value, gradients), one_by_one(8, contract, "float32"))
+    largest = np.asarray(batch[0]).reshape(8, -1).max(1)
+    assert_bitwise_equal(from_slots(beside["largest"], schedule(contract.tree_over(8), ranks)), largest)
 
 
 @pytest.mark.parametrize("algorithm", ["all_to_all", "butterfly"])
