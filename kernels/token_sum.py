@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tbik_jax.kernels.exact import rounded, tree_sum
+from tbik_jax.kernels.exact import cast, rounded, tree_sum
 
 Array = jax.Array
 
@@ -19,6 +19,8 @@ def token_sum(x: Array) -> Array:
     Guarantee: the order is a function of the number of elements. (``jnp.sum`` also looks at what XLA fuses with it.) The
     gradient of every element is that of the sum.
     """
+    if not x.size:
+        return jnp.zeros((), jnp.float32)
     return tree_sum(rounded(x.astype(jnp.float32)).reshape(-1))
 
 
@@ -27,7 +29,7 @@ def _forward(x: Array) -> tuple[Array, Array]:
 
 
 def _backward(x: Array, d: Array) -> tuple[Array]:
-    return (jnp.broadcast_to(d, x.shape).astype(x.dtype),)
+    return (jnp.broadcast_to(cast(d, x.dtype), x.shape),)
 
 
 token_sum.defvjp(_forward, _backward)

@@ -17,8 +17,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from tbik_jax._axes import axis_size
+from tbik_jax._problems import Problems
+from tbik_jax.contract import Contract
+from tbik_jax.models.layout import Layout
 from tbik_jax.numerics import Numerics
 from tbik_jax.optimizer import Cut
+from tbik_jax.tree import schedule
 
 Array = jax.Array
 
@@ -54,14 +59,39 @@ def parameter(origin: Origin, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.P
     return nnx.Param(jnp.zeros((*lead, *shape), dtype), origin=origin, spec=spec)
 
 
-def cuts(state: Any) -> list[tuple[Cut, ...]]:
-    """How a mesh may split each parameter of a state, or what lies like it: for :func:`tbik_jax.optimizer.global_norm`."""
+def cuts(state: Any, contract: Contract) -> list[tuple[Cut, ...]]:
+    """How a mesh may split each parameter of a state, or what lies like it: for :func:`tbik_jax.optimizer.global_norm`.
 
-    def of(variable: nnx.Variable[Any]) -> tuple[Cut, ...]:
-        origin: Origin = variable.get_metadata()["origin"]
-        return () if origin.cut == "whole" else (Cut(TENSOR, int(origin.stacked), max(origin.slots) + 1),)
+    Call it inside ``shard_map``, with the state that the norm is of.
 
-    return [of(variable) for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))]
+    Raises:
+        ValueError: layers that were taken apart for inference, whose sums would go in another order; blocks that lie on the ranks
+            as no tree over them does, copies of KV heads, for example.
+    """
+    found: list[tuple[Cut, ...]] = []
+    ranks = axis_size(TENSOR)
+    with Problems("cuts") as problems:
+        for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            origin, spec = (variable.get_metadata()[name] for name in ("origin", "spec"))
+            if origin.cut == "whole":
+                problems.check(
+                    len(spec) == int(origin.stacked), f"{origin.tensors[0]}: its layers are apart; use a stack"
+                )
+                found.append(())
+                continue
+            blocks, at = max(origin.slots) + 1, int(origin.stacked)
+            problems.check(
+                len(spec) > at and spec[at] == TENSOR, f"{origin.tensors[0]}: its layers are apart; use a stack of them"
+            )
+            if problems.check(ranks <= blocks, f"{origin.tensors[0]}: {ranks} ranks for {blocks} blocks"):
+                plan = schedule(contract.tree_over(blocks), ranks)
+                problems.check(
+                    Layout.slots_of(plan) == tuple(origin.slots),
+                    f"{origin.tensors[0]}: its {blocks} blocks lie on {ranks} ranks as no tree over them does, some perhaps on "
+                    f"several; use a mesh that divides the KV heads",
+                )
+            found.append((Cut(TENSOR, at, blocks),))
+    return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,9 @@ def tree_value_and_grad(
     >>> step = tree_value_and_grad(loss, axis_name="dp", contract=contract)
     >>> value, gradients = step(params, tokens)  # inside jax.shard_map; a rank's tokens are [slots * b, T]
 
-    A rank takes its leaves one after the other (gradient accumulation), with one leaf's activations and as many sums of
-    gradients as the tree has waiting: one for a chain, log2 of its leaves for a balanced tree.
+    A rank takes its leaves one after the other (gradient accumulation). In memory are one leaf's activations, the sums of
+    gradients that wait, and the nodes that the rank sends, in f32: of eight leaves on one rank three and one for a balanced tree,
+    one and one for a chain; cut over ranks, a chain has up to one node a leaf.
 
     Args:
         f: ``(params, *batch_l) -> scalar``, of one leaf. It does not communicate over ``axis_name``; over other axes it may.
@@ -61,7 +62,7 @@ def tree_value_and_grad(
             other ranks is theirs; the value comes as ``(value, aux)``.
         dtype: Of the gradients; by default each has its parameter's. Sums are f32 in any case.
         scatter_dimensions: For parameters kept in shards (FSDP): a pytree like ``params`` (or a prefix of it) of the dimension
-            along which a rank keeps its slice of the gradient, or None where it keeps all.
+            along which a rank keeps its even slice of the gradient, or None where it keeps all.
         algorithm: Performance-only, see :func:`tbik_jax.tree_psum`.
 
     Returns:
@@ -81,7 +82,7 @@ def tree_value_and_grad(
     @wraps(f)
     def value_and_grad(params: Any, *batch: Any) -> tuple[Any, Any]:
         plan = _plan(axis_name, contract.leaves if leaves is None else leaves, contract)
-        _check(plan, params, batch)
+        _check(plan, params, batch, dtype, algorithm)
         kept = _kept(params, scatter_dimensions, plan)
 
         # Of parameters typed as the same on every rank, autodiff would add the gradients by psum.
@@ -91,7 +92,8 @@ def tree_value_and_grad(
 
         def of_leaf(batch: Any) -> tuple[tuple[Array, ...], Any]:
             (value, aux), gradients = jax.value_and_grad(_scalar(f, has_aux), has_aux=True)(local, *batch)
-            return tuple(rounded(x.astype(jnp.float32)) for x in (value, *jax.tree.leaves(gradients))), aux
+            wide = (rounded(x.astype(jnp.float32)) for x in (value, *jax.tree.leaves(gradients)))
+            return tuple(x if axis_name is None else vary(x, axis_name) for x in wide), jax.tree.map(jnp.asarray, aux)
 
         by_slot = jax.tree.map(lambda x: x.reshape(plan.slots, x.shape[0] // plan.slots, *x.shape[1:]), batch)
         (value, *found), aux = _summed(plan, axis_name, of_leaf, by_slot, [None, *kept], algorithm)
@@ -144,13 +146,18 @@ def _plan(axis_name: str | None, leaves: int, contract: Contract) -> Schedule:
     return schedule(contract.tree_over(leaves), ranks)
 
 
-def _check(plan: Schedule, params: Any, batch: Any) -> None:
+def _check(plan: Schedule, params: Any, batch: Any, dtype: DTypeLike | None, algorithm: str) -> None:
     with Problems("tree_value_and_grad") as problems:
+        problems.check(
+            dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating), f"dtype = {dtype}: gradients are floats"
+        )
+        problems.check(algorithm in get_args(Algorithm), f"algorithm {algorithm!r} is not one of {get_args(Algorithm)}")
         for path, x in jax.tree.leaves_with_path(params):
             name = jax.tree_util.keystr(path)
+            kind = getattr(x, "dtype", type(x).__name__)
             problems.check(
-                jnp.issubdtype(x.dtype, jnp.floating),
-                f"params{name} is {x.dtype}, which has no gradient; pass it beside the parameters",
+                hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating),
+                f"params{name} is {kind}, which has no gradient; give arrays of floats, and the rest beside them",
             )
         found = jax.tree.leaves_with_path(batch)
         problems.check(bool(found), "there is no batch to sum over")
@@ -164,10 +171,14 @@ def _check(plan: Schedule, params: Any, batch: Any) -> None:
             )
 
 
+_ALL = object()
+
+
 def _kept(params: Any, scatter_dimensions: Any, plan: Schedule) -> list[int | None]:
     """Along which dimension a rank keeps a slice of each parameter's gradient."""
-    dimensions = jax.tree.broadcast(scatter_dimensions, params, is_leaf=lambda d: d is None)
-    dimensions = jax.tree.leaves(dimensions, is_leaf=lambda d: d is None)
+    # None would be a pytree without leaves.
+    given = jax.tree.map(lambda d: _ALL if d is None else d, scatter_dimensions, is_leaf=lambda d: d is None)
+    dimensions = [None if d is _ALL else d for d in jax.tree.leaves(jax.tree.broadcast(given, params))]
     with Problems("tree_value_and_grad") as problems:
         for (path, x), dimension in zip(jax.tree.leaves_with_path(params), dimensions, strict=True):
             fits = dimension is None or (-x.ndim <= dimension < x.ndim and x.shape[dimension] % plan.ranks == 0)
@@ -181,12 +192,22 @@ def _kept(params: Any, scatter_dimensions: Any, plan: Schedule) -> list[int | No
 
 def _scalar(f: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[Array, Any]]:
     def checked(*arguments: Any) -> tuple[Array, Any]:
-        value, aux = f(*arguments) if has_aux else (f(*arguments), None)
+        result = f(*arguments)
         with Problems("tree_value_and_grad") as problems:
+            pair = isinstance(result, tuple) and len(result) == 2
             problems.check(
-                jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating),
-                f"f returned {jax.typeof(value)}; it must be a float scalar, the sum over a leaf (dense.token_sum)",
+                pair or not has_aux, f"f returned {type(result).__name__}; with has_aux=True it is (scalar, aux)"
             )
+            value, aux = result if has_aux and pair else (result, None)
+            found = jax.tree.leaves(value)
+            if problems.check(
+                len(found) == 1 and found[0] is value, "f returned a pytree; for (scalar, aux) say has_aux=True"
+            ):
+                kind = jax.typeof(value := jnp.asarray(value))
+                problems.check(
+                    kind.shape == () and jnp.issubdtype(kind.dtype, jnp.floating),
+                    f"f returned {kind}; it must be a float scalar, the sum over a leaf (dense.token_sum)",
+                )
         return value, aux
 
     return checked

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tbik_jax._axes import axis_size
+from tbik_jax._axes import axis_size, varying_axes
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import tree_psum
 from tbik_jax.contract import Contract
-from tbik_jax.kernels.exact import cast, product, quotient, tree_sum
+from tbik_jax.kernels.exact import cast, product, quotient, rounded, tree_sum
 from tbik_jax.kernels.token_sum import token_sum
 from tbik_jax.tree import schedule
 
@@ -66,22 +66,26 @@ def adamw(
     State and updates are f32, whatever the dtype of parameters and gradients.
 
     Guarantee: an element depends on its gradient, moments and parameter alone: not on the shape, the sharding, or what XLA
-    fuses around it.
+    fuses around it. On CPUs; on GPUs, whose roots and reciprocals are what XLA makes of them, it was not tested.
+
+    Raises:
+        ValueError: settings out of range; gradients, state and parameters that are not alike; all listed.
 
     References: Loshchilov and Hutter, arXiv 1711.05101.
     """
+
+    with Problems("adamw") as problems:
+        for name, value in (("b1", b1), ("b2", b2)):
+            problems.check(0 <= value < 1, f"{name} = {value} is outside [0, 1)")
+        problems.check(eps > 0, f"eps = {eps} is not above 0")
+        problems.check(weight_decay >= 0, f"weight_decay = {weight_decay} is below 0")
 
     def init(params: Any) -> AdamWState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         return AdamWState(jnp.zeros((), jnp.int32), jnp.ones(2, jnp.float32), zeros, zeros)
 
     def update(gradients: Any, state: AdamWState, params: Any = None) -> tuple[Any, AdamWState]:
-        with Problems("adamw") as problems:
-            problems.check(params is not None, "update wants the parameters too, for their decay")
-            problems.check(
-                jax.tree.structure(gradients) == jax.tree.structure(state.mu),  # type: ignore[operator]
-                "the gradients are no pytree like the parameters that the state was made of",
-            )
+        _check_alike(gradients, state, params)
         rate: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         powers = product(state.powers, jnp.array([b1, b2], jnp.float32))
         # Scalars once and for all, so that no loop over elements recomputes them in its own way.
@@ -96,7 +100,7 @@ def adamw(
         nu = jax.tree.map(lambda n, g: moment(n, product(g, g), b2), state.nu, wide)
 
         def one(m: Array, n: Array, p: Array, decays: bool) -> Array:
-            step = quotient(product(m, corrections[0]), lax.sqrt(product(n, corrections[1])) + eps)
+            step = quotient(product(m, corrections[0]), _root(product(n, corrections[1])) + eps)
             if decays and weight_decay:
                 step = step + product(p.astype(jnp.float32), weight_decay)
             return product(step, -rate)
@@ -107,6 +111,27 @@ def adamw(
     return Transformation(init, update)
 
 
+def _root(x: Array) -> Array:
+    """A root of its own: XLA would make an approximate inverse root of a quotient by it."""
+    return rounded(lax.sqrt(x))
+
+
+def _check_alike(gradients: Any, state: AdamWState, params: Any) -> None:
+    with Problems("adamw") as problems:
+        if problems.check(params is not None, "update wants the parameters too, for their decay"):
+            wanted = jax.tree.structure(state.mu)
+            for name, of in (("gradients", gradients), ("parameters", params)):
+                same = jax.tree.structure(of) == wanted  # type: ignore[operator]
+                if not problems.check(same, f"the {name} are no pytree like the parameters that the state was made of"):
+                    continue
+                for (path, x), moment in zip(jax.tree.leaves_with_path(of), jax.tree.leaves(state.mu), strict=True):
+                    problems.check(
+                        jnp.shape(x) == moment.shape and jnp.issubdtype(jnp.result_type(x), jnp.floating),
+                        f"{name}{jax.tree_util.keystr(path)} is {jnp.result_type(x)}{jnp.shape(x)}; the moments there have "
+                        f"shape {moment.shape}, and only floats have a gradient",
+                    )
+
+
 def apply_updates(params: Any, updates: Any) -> Any:
     """``params + updates`` in f32, rounded once to each parameter's dtype."""
     return jax.tree.map(lambda p, u: cast(p.astype(jnp.float32) + u, p.dtype), params, updates)
@@ -115,8 +140,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
 class Cut(NamedTuple):
     """A dimension of an array that a mesh axis may split, in so many leaves; the same on every mesh.
 
-    A rank holds ``dimension`` in slots, the same number on every rank: whole leaves, or one slot an index where the array is by
-    leaf (:func:`tbik_jax.leaf_ranges`). ``axis_name`` None: one rank has all.
+    Where the ranks divide the leaves, a rank holds an even slice of the dimension, or its leaves one an index. Else they are by
+    leaf, one an index, in as many slots on every rank (:func:`tbik_jax.leaf_ranges`); even slices would be no whole leaves.
+    ``axis_name`` None: one rank has all.
     """
 
     axis_name: str | None
@@ -140,26 +166,42 @@ def global_norm(arrays: Any, *, contract: Contract, cuts: Any = ()) -> Array:
         ValueError: cuts that do not fit, all listed.
     """
     found = jax.tree.leaves_with_path(arrays)
-    of_each = [tuple(of) for of in cuts] or [()] * len(found)
+    of_each = list(cuts) or [()] * len(found)
     with Problems("global_norm") as problems:
         problems.check(bool(found), "there are no arrays")
         problems.check(len(of_each) == len(found), f"{len(of_each)} tuples of cuts for {len(found)} arrays")
         for (path, x), of in zip(found, of_each, strict=False):
-            for cut in of:
-                ranks = 1 if cut.axis_name is None else axis_size(cut.axis_name)
-                if problems.check(ranks <= cut.leaves, f"{jax.tree_util.keystr(path)}: {ranks} ranks for {cut}"):
-                    slots = schedule(contract.tree_over(cut.leaves), ranks).slots
-                    problems.check(
-                        0 <= cut.dimension < x.ndim and x.shape[cut.dimension] % slots == 0,
-                        f"{jax.tree_util.keystr(path)} has shape {x.shape}, which {cut} does not cut in {slots} slots",
-                    )
-            dimensions = [cut.dimension for cut in of]
-            problems.check(
-                len(set(dimensions)) == len(dimensions),
-                f"{jax.tree_util.keystr(path)} is cut twice along a dimension: {of}",
-            )
+            _check_cuts(problems, f"arrays{jax.tree_util.keystr(path)}", x, of, contract)
     sums = [_square_sum(x, of, contract) for (_, x), of in zip(found, of_each, strict=True)]
-    return lax.sqrt(token_sum(jnp.stack(sums)))
+    with Problems("global_norm") as problems:
+        for (path, _), total in zip(found, sums, strict=True):
+            problems.check(
+                not varying_axes(total),
+                f"arrays{jax.tree_util.keystr(path)} differs over {sorted(varying_axes(total))}, which its cuts do not name",
+            )
+    return _root(token_sum(jnp.stack(sums)))
+
+
+def _check_cuts(problems: Problems, name: str, x: Array, cuts: Any, contract: Contract) -> None:
+    problems.check(
+        jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0, f"{name} is {x.dtype}{x.shape}; give floats, at least one"
+    )
+    alike = not isinstance(cuts, Cut) and all(isinstance(cut, Cut) for cut in cuts)
+    if not problems.check(alike, f"{name}: its cuts are {cuts!r}, not a tuple of Cut"):
+        return
+    for cut in cuts:
+        ranks = 1 if cut.axis_name is None else axis_size(cut.axis_name)
+        inside = problems.check(
+            0 <= cut.dimension < x.ndim, f"{name} has shape {x.shape}, without a dimension of {cut}"
+        )
+        if problems.check(ranks <= cut.leaves, f"{name}: {ranks} ranks for {cut}") and inside:
+            slots, size = schedule(contract.tree_over(cut.leaves), ranks).slots, x.shape[cut.dimension]
+            problems.check(
+                size == slots or (size % slots == 0 and cut.leaves % ranks == 0),
+                f"{name} has shape {x.shape}, which {cut} over {ranks} ranks does not cut in {slots} slots of whole leaves",
+            )
+    dimensions = [cut.dimension for cut in cuts]
+    problems.check(len(set(dimensions)) == len(dimensions), f"{name} is cut twice along a dimension: {cuts}")
 
 
 def _square_sum(x: Array, cuts: Sequence[Cut], contract: Contract) -> Array:
@@ -193,6 +235,8 @@ def _square_sum(x: Array, cuts: Sequence[Cut], contract: Contract) -> Array:
 
 def clip_by_global_norm(gradients: Any, max_norm: float, *, contract: Contract, cuts: Any = ()) -> tuple[Any, Array]:
     """``(gradients * min(1, max_norm / norm), norm)`` by :func:`global_norm`, whose arguments it takes; in their dtypes."""
+    with Problems("clip_by_global_norm") as problems:
+        problems.check(max_norm > 0, f"max_norm = {max_norm} is not above 0")
     norm = global_norm(gradients, contract=contract, cuts=cuts)
-    factor = lax.optimization_barrier(jnp.minimum(1.0, max_norm / norm))
+    factor = lax.optimization_barrier(jnp.minimum(1.0, quotient(jnp.float32(max_norm), norm)))
     return jax.tree.map(lambda g: cast(product(g.astype(jnp.float32), factor), g.dtype), gradients), norm

@@ -222,6 +222,17 @@ def test_any_tree_and_mesh(leaves, arities, data):
     assert_bitwise_equal((value, gradient), (want, want))
 
 
+def test_a_loss_that_needs_nothing_and_parameters_that_are_none():
+    step = tree_value_and_grad(
+        lambda p, x: (jnp.float32(2), {"count": 3}), axis_name="dp", contract=Contract(), has_aux=True
+    )
+    for ranks in (1, 8):
+        call = jax.shard_map(step, mesh=mesh_of(ranks, "dp"), in_specs=(P(), P("dp")), out_specs=((P(), P("dp")), P()))
+        (value, beside), gradients = jax.jit(call)({"w": jnp.ones(2), "b": None}, jnp.ones(8))
+        assert (value, beside["count"].tolist(), gradients["b"]) == (16, [3] * 8, None)
+        assert gradients["w"].tolist() == [0, 0]
+
+
 def test_slots_of_a_batch():
     x = np.arange(14)
     assert batch_slots(x, leaves=7, ranks=7) is x
@@ -252,6 +263,9 @@ def test_what_does_not_fit_is_refused():
         *batch,
     )
     refused("must be a float scalar", of(lambda p, x, y: x), params, *batch)
+    refused("say has_aux=True", of(lambda p, x, y: (x.sum(), x)), params, *batch)
+    refused(r"it is \(scalar, aux\)", of(lambda p, x, y: x.sum(), has_aux=True), params, *batch)
+    refused("dtype = .*int32.*: gradients are floats", of(loss, dtype=jnp.int32), params, *batch)
     refused(r"params\['bias'\].*dimension 0", of(loss, scatter_dimensions=0), params, *batch)
     refused("examples; give as many of each", of(loss), params, batch[0], batch[1][: 4 * EXAMPLES])
     with pytest.raises(ValueError, match="axis 'dp' is not bound"):

@@ -165,6 +165,18 @@ def test_norms_of_uneven_shares(rng):
     assert_bitwise_equal(found[1], found[0])
 
 
+def test_who_looks_at_the_norm_changes_nothing(rng):
+    """XLA would make another root of one that only a quotient needs."""
+
+    def clip(x: Any) -> Any:
+        return clip_by_global_norm(x, 0.5, contract=CONTRACT)
+
+    both, alone = jax.jit(clip), jax.jit(lambda x: clip(x)[0])
+    for _ in range(10):
+        given = [rng.standard_normal(33).astype(np.float32)]
+        assert_bitwise_equal(alone(given), both(given)[0])
+
+
 def test_small_gradients_are_not_clipped(rng):
     given = arrays(rng)
     clipped, norm = jax.jit(lambda x: clip_by_global_norm(x, 1e6, contract=CONTRACT))(given)
@@ -189,15 +201,42 @@ def test_twin_a_plain_norm_differs():
 def test_what_does_not_fit_is_refused(rng):
     x = rng.standard_normal((6, 5)).astype(np.float32)
     for cuts, message in (
-        ([(Cut(None, 0, 4),)], r"which Cut\(axis_name=None, dimension=0, leaves=4\) does not cut in 4 slots"),
+        (
+            [(Cut(None, 0, 4),)],
+            r"which Cut\(axis_name=None, dimension=0, leaves=4\) over 1 ranks does not cut in 4 slots",
+        ),
         ([(Cut(None, 0, 3), Cut(None, 0, 2))], "cut twice along a dimension"),
         ([(), ()], "2 tuples of cuts for 1 arrays"),
         ([(Cut("tp", 0, 3),)], "axis 'tp' is not bound"),
+        ([Cut(None, 0, 3)], "not a tuple of Cut"),
+        ([(Cut(None, -1, 5),)], "without a dimension of"),
     ):
         with pytest.raises(ValueError, match=message):
             global_norm([x], contract=CONTRACT, cuts=cuts)
+    for wrong in (x.astype(np.complex64), x.astype(np.int32), x[:0]):
+        with pytest.raises(ValueError, match="give floats, at least one"):
+            global_norm([wrong], contract=CONTRACT)
+    with pytest.raises(ValueError, match="max_norm = -1 is not above 0"):
+        clip_by_global_norm([x], -1, contract=CONTRACT)
+    y = rng.standard_normal((72, 5)).astype(np.float32)
+    for ranks, cuts, message in (
+        (2, (), r"differs over \['tp'\], which its cuts do not name"),
+        (3, [(Cut("tp", 0, 8),)], "over 3 ranks does not cut in 3 slots of whole leaves"),
+    ):
+        run = jax.shard_map(
+            lambda y, cuts=cuts: global_norm([y], contract=CONTRACT, cuts=cuts),
+            mesh=mesh_of(ranks),
+            in_specs=P("tp"),
+            out_specs=P(),
+        )
+        with pytest.raises(ValueError, match=message):
+            jax.jit(run)(y)
     optimizer = adamw(1e-3)
     with pytest.raises(ValueError, match="update wants the parameters too"):
         optimizer.update(x, optimizer.init(x))
-    with pytest.raises(ValueError, match="no pytree like the parameters"):
+    with pytest.raises(ValueError, match="the gradients are no pytree like the parameters"):
         optimizer.update({"x": x}, optimizer.init(x), x)
+    with pytest.raises(ValueError, match=r"gradients is float32\(5,\); the moments there have shape \(6, 5\)"):
+        optimizer.update(x[0], optimizer.init(x), x)
+    with pytest.raises(ValueError, match=r"b1 = 1.0 is outside \[0, 1\)\s.*eps = 0 is not above 0"):
+        adamw(1e-3, b1=1.0, eps=0)

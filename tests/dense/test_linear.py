@@ -665,3 +665,19 @@ def test_projections_side_by_side_refuse_what_does_not_fit():
         assert message in str(error.value)
     with pytest.raises(NotImplementedError, match="projections side by side are for inference"):
         jax.grad(lambda x: column_parallel_parts(x, jnp.ones((1, 5, 8)), (2, 3))[0].sum())(x)
+
+
+def test_gradients_of_parameters_that_data_parallel_ranks_share_are_refused(rng):
+    """Autodiff would add them by psum, the bias's too."""
+    x, w, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 8), (8, 8), (8,)))
+
+    def run(of: int, x: Any, w: Any, bias: Any) -> Any:
+        def loss(w: Any, bias: Any) -> Any:
+            return jnp.sum(column_parallel(x, w, bias, axis_name=None, contract=CONTRACT))
+
+        return jax.grad(loss, argnums=of)(w, bias)
+
+    for of in (0, 1):
+        call = jax.shard_map(partial(run, of), mesh=mesh_of(2, "dp"), in_specs=(P("dp"), P(), P()), out_specs=P())
+        with pytest.raises(ValueError, match="must produce an output with the same type"):
+            jax.jit(call)(x, w, bias)

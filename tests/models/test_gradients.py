@@ -24,7 +24,7 @@ from tbik_jax.models.loading import load
 from tbik_jax.models.random import RandomSource
 from tbik_jax.models.transformer import Transformer
 from tbik_jax.numerics import Numerics
-from tbik_jax.optimizer import AdamWState, adamw, apply_updates, clip_by_global_norm
+from tbik_jax.optimizer import AdamWState, adamw, apply_updates, clip_by_global_norm, global_norm
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tests.generators import SMALL
 
@@ -125,7 +125,9 @@ def trained(
 
     def step(state: Any, moments: Any, *batch: jax.Array) -> Any:
         value, gradients = gradient_of(state, *batch)
-        clipped, norm = clip_by_global_norm(gradients, 0.3, contract=numerics.contract, cuts=cuts(gradients))
+        clipped, norm = clip_by_global_norm(
+            gradients, 0.3, contract=numerics.contract, cuts=cuts(gradients, numerics.contract)
+        )
         updates, moments = optimizer.update(clipped, moments, state)
         return {"loss": value, "norm": norm}, gradients, apply_updates(state, updates), moments
 
@@ -251,6 +253,26 @@ def test_values_on_a_card():
     for name, got in one.items():
         want = plain[name].astype(np.float32)
         assert np.linalg.norm(got.astype(np.float32) - want) < 0.03 * np.linalg.norm(want), name
+
+
+@pytest.mark.parametrize(
+    "tp, unstack, message",
+    [(4, False, "k_proj.weight: its 6 blocks lie on 4 ranks as no tree"), (2, True, "layers are apart")],
+)
+def test_norms_of_what_has_no_order_are_refused(tp, unstack, message):
+    mesh = make_mesh(tp)
+    model = load(SHALLOW, RandomSource(SHALLOW), INVARIANT, mesh)
+    if unstack:
+        model.unstack(mesh)
+    _, state, specs = split(model)
+    run = jax.shard_map(
+        lambda s: global_norm(s, contract=Contract(), cuts=cuts(s, Contract())),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.jit(run)(state)
 
 
 def test_copies_of_a_kv_head_are_refused():

@@ -53,6 +53,7 @@ class Tiles:
             each of the next leaf's first steps.
         turns: The computing warpgroups start their steps in turns, so that one adds leaves while the other multiplies.
         end_pairs: With ``turns``, the first two steps of a leaf are one turn, and the last two: as long as what follows a leaf.
+            Of leaves of four steps or more, with three stages or more.
         late_sums: A sum that waits in memory goes there with the next leaf's first steps, as results do.
     """
 
@@ -175,7 +176,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
     accesses = settling.accesses(ROWS, columns)  # of one that waits elsewhere
     near = min((program.storages - sums) * accesses, tiles.near)
     late_sums = tiles.late_sums and program.storages > sums
-    end_pairs = tiles.turns and tiles.end_pairs and steps >= 4
+    # With two stages, who has the turn would wait for a slot that the other one cannot leave.
+    end_pairs = tiles.turns and tiles.end_pairs and steps >= 4 and stages >= 3
     # Where a turn begins with two steps, nothing leaves between them.
     late = int(end_pairs)
     a_tile, b_tile = problem.a.tile(block_rows, DEPTH), problem.b.tile(columns, DEPTH)
