@@ -84,10 +84,10 @@ def one_by_one(leaves: int, contract: Contract, dtype: str) -> Any:
 @pytest.mark.parametrize(
     "leaves, arities, dtype, ranks",
     [
-        (8, (2,), "float32", (1, 3, 4, 8)),
-        (8, (2,), "bfloat16", (1, 3)),
-        (8, (8,), "float32", (3,)),
-        (7, (3, 2), "float32", (3,)),
+        (8, (2,), "float32", (1, 3, 8)),
+        pytest.param(8, (2,), "bfloat16", (3,), marks=pytest.mark.slow),
+        pytest.param(8, (8,), "float32", (3,), marks=pytest.mark.slow),
+        pytest.param(7, (3, 2), "float32", (3,), marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh(leaves, arities, dtype, ranks):
@@ -205,7 +205,7 @@ def test_values():
         np.testing.assert_allclose(g, d[name], rtol=0, atol=2e-6 * np.abs(d[name]).max(), err_msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(2, 5), min_size=1, max_size=3), st.data())
 def test_any_tree_and_mesh(leaves, arities, data):
     """The machine that walks a rank's leaves, against the tree: sums that overflow nothing and forget everything but order."""

@@ -153,6 +153,7 @@ def test_a_rollouts_log_probabilities_are_the_trainers(dtype):
     np.testing.assert_allclose(scored[0], want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_twin_plain_log_probabilities_differ():
     given = prompts(5, 3, 9, 4)
     rollout = generator(tp=2, numerics=Numerics.plain()).generate(given, NEW, WARM, with_log_probs=True)

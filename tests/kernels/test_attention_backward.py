@@ -108,7 +108,8 @@ def test_sequences_of_a_batch_do_not_see_each_other(rng, dim, dtype, length, kv_
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_do_not_see_each_other(rng, dtype):
     dy, q, k, v, positions = inputs(rng, 2, 73, 64, dtype)
     dq, dk, dv = run_with(64)(dy, q, k, v, positions)
@@ -180,6 +181,7 @@ def test_many_pairs_go_in_pieces(rng, monkeypatch, pairs):
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 def test_jit_constants_and_vmap_cannot_be_seen(rng):
     arguments = inputs(rng, 3, 33, 64)
     call = run_with(64)

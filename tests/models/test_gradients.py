@@ -174,6 +174,7 @@ def test_training_in_bfloat16_and_emulated():
     assert_bitwise_equal(trained(3, 2, **how, emulated=True), trained(1, 1, **how))
 
 
+@pytest.mark.slow
 def test_values_of_training(on_one_device):
     """Against plain numerics on the same tree over the batch; losses fall."""
     numbers, plain = on_one_device["numbers"], trained(1, 1, numerics=PLAIN)
@@ -186,6 +187,7 @@ def test_values_of_training(on_one_device):
     assert numbers["norm 0"] > 0.3, "nothing was clipped"
 
 
+@pytest.mark.slow
 def test_twin_plain_training_differs_between_meshes():
     one, other = (trained(dp, tp, numerics=PLAIN)["gradients"] for dp, tp in ((1, 1), (2, 3)))
     assert any((bits(one[name]) != bits(other[name])).any() for name in one)

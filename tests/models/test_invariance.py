@@ -37,7 +37,7 @@ def test_every_mesh(want, tp, dp):
     assert_bitwise_equal(generator(tp=tp, dp=dp, pack=False).score(PROMPTS), want, f"logits on dp {dp} x tp {tp}")
 
 
-@pytest.mark.parametrize("tp, unroll", [(1, True), (3, True), (8, False)])
+@pytest.mark.parametrize("tp, unroll", [(3, True), pytest.param(8, False, marks=pytest.mark.slow)])
 def test_layers_apart(want, tp, unroll):
     """Arrays for each layer, as GPUs like them, or a stack: no bit depends on it. Nor on devices that are not there."""
     run = generator(tp=tp, unroll=unroll, emulate=True)
@@ -46,6 +46,7 @@ def test_layers_apart(want, tp, unroll):
     assert_bitwise_equal(run.score_in_chunks(short, 1), [w[:9] for w in want], f"decoded by {tp} emulated ranks")
 
 
+@pytest.mark.slow
 def test_layers_apart_on_a_mesh(want):
     run = generator(tp=2, dp=3, unroll=True)
     assert_bitwise_equal(run.score_in_chunks(PROMPTS, 64), want, "logits by chunks on dp 3 x tp 2")

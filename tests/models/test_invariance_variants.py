@@ -61,6 +61,7 @@ def test_a_collective_that_the_mesh_cannot_run_is_refused():
         run.score(PROMPTS)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     want = generator(dtype="bfloat16").score(PROMPTS)
     for tp in (3, 8):
