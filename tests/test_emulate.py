@@ -134,7 +134,7 @@ def test_attention(rng, m, dtype):
 
 @pytest.mark.invariance
 @pytest.mark.parametrize("m", [1, 65])
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("ranks", [3, 8])
 def test_packed_weights(rng, ranks, m):
     x, _, gate, up, down, _ = mlp_case(rng, m, "float32")
     plan = schedule(TREE, ranks)
@@ -192,7 +192,7 @@ def algorithms(plan: Schedule) -> list[str]:
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("ranks", [3, 4, 8])
 @pytest.mark.parametrize("tree", [Tree(8), Tree(8, (4, 2)), Tree(9, (3, 2)), Tree(24)], ids=str)
 def test_every_exchange(rng, tree, ranks):
     """Sums, slices and gradients, by every algorithm that the mesh can run; NaN in unread slots."""
