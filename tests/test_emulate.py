@@ -124,6 +124,7 @@ def test_layers_forward_and_backward(rng, layer, case, specs, m, dtype):
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 @any_batch
 def test_attention(rng, m, dtype):
     values = projection_case(rng, m, dtype)
@@ -133,6 +134,7 @@ def test_attention(rng, m, dtype):
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 65])
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_packed_weights(rng, ranks, m):
@@ -192,6 +194,7 @@ def algorithms(plan: Schedule) -> list[str]:
 
 
 @pytest.mark.invariance
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4, 8])
 @pytest.mark.parametrize("tree", [Tree(8), Tree(8, (4, 2)), Tree(9, (3, 2)), Tree(24)], ids=str)
 def test_every_exchange(rng, tree, ranks):
