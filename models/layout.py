@@ -110,15 +110,8 @@ class Layout:
         return tuple(table)
 
     def leaves_of(self, slots: tuple[int, ...]) -> int | None:
-        """How many leaves the blocks in ``slots`` are; None if they do not lie as a tree over them does: copies, for example.
-
-        Then no sum over the blocks of all ranks has an order, and the input gradient of their projection is such a sum.
-        """
-        blocks = max(slots) + 1
-        if self.ranks > blocks:
-            return None
-        plan = schedule(self.contract.tree_over(blocks), self.ranks)
-        return blocks if self.slots_of(plan) == slots else None
+        """:func:`leaves_in_order` of this layout."""
+        return leaves_in_order(slots, self.contract, self.ranks)
 
     @staticmethod
     def slots_of(plan: Schedule) -> tuple[int, ...]:
@@ -133,3 +126,15 @@ class Layout:
             contract.leaves_for(config.intermediate_size),
             min(contract.leaves, config.vocab_size),
         )
+
+
+def leaves_in_order(slots: tuple[int, ...], contract: Contract, ranks: int) -> int | None:
+    """How many leaves the blocks in ``slots`` are; None if they do not lie as a tree over them does: copies, for example.
+
+    Then no sum over the blocks of all ranks has an order: neither the input gradient of their projection nor their norm.
+    """
+    blocks = max(slots) + 1
+    if ranks > blocks:
+        return None
+    plan = schedule(contract.tree_over(blocks), ranks)
+    return blocks if Layout.slots_of(plan) == slots else None

@@ -20,10 +20,9 @@ from jax.typing import DTypeLike
 from tbik_jax._axes import axis_size
 from tbik_jax._problems import Problems
 from tbik_jax.contract import Contract
-from tbik_jax.models.layout import Layout
+from tbik_jax.models.layout import leaves_in_order
 from tbik_jax.numerics import Numerics
 from tbik_jax.optimizer import Cut
-from tbik_jax.tree import schedule
 
 Array = jax.Array
 
@@ -73,24 +72,19 @@ def cuts(state: Any, contract: Contract) -> list[tuple[Cut, ...]]:
     with Problems("cuts") as problems:
         for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
             origin, spec = (variable.get_metadata()[name] for name in ("origin", "spec"))
-            if origin.cut == "whole":
-                problems.check(
-                    len(spec) == int(origin.stacked), f"{origin.tensors[0]}: its layers are apart; use a stack"
-                )
+            split = () if origin.cut == "whole" else (TENSOR,)
+            stacked = P(*[None] * origin.stacked, *split)
+            problems.check(spec == stacked, f"{origin.tensors[0]}: its layers are apart; use a stack of them")
+            if not split:
                 found.append(())
                 continue
-            blocks, at = max(origin.slots) + 1, int(origin.stacked)
+            blocks = max(origin.slots) + 1
             problems.check(
-                len(spec) > at and spec[at] == TENSOR, f"{origin.tensors[0]}: its layers are apart; use a stack of them"
+                leaves_in_order(origin.slots, contract, ranks) is not None,
+                f"{origin.tensors[0]}: its {blocks} blocks lie on {ranks} ranks as no tree over them does, some perhaps on "
+                f"several; use a mesh that divides the KV heads",
             )
-            if problems.check(ranks <= blocks, f"{origin.tensors[0]}: {ranks} ranks for {blocks} blocks"):
-                plan = schedule(contract.tree_over(blocks), ranks)
-                problems.check(
-                    Layout.slots_of(plan) == tuple(origin.slots),
-                    f"{origin.tensors[0]}: its {blocks} blocks lie on {ranks} ranks as no tree over them does, some perhaps on "
-                    f"several; use a mesh that divides the KV heads",
-                )
-            found.append((Cut(TENSOR, at, blocks),))
+            found.append((Cut(TENSOR, int(origin.stacked), blocks),))
     return found
 
 

@@ -93,6 +93,13 @@ def tree_psum(
     return _tree_psum(plan, axis_name, algorithm, of_nodes, result, leaves)
 
 
+def sum_of_leaves(leaves: Array, axis_name: str | None, tree: Tree) -> Array:
+    """:func:`tree_psum`, or, without an axis, the tree over the leaves of one device, which has all of them."""
+    if axis_name is None:
+        return tree.reduce(list(leaves), jnp.add)
+    return tree_psum(leaves, axis_name, tree=tree)
+
+
 def tree_psum_scatter(
     leaves: Array,
     axis_name: str,

@@ -19,7 +19,7 @@ from jax import lax
 
 from tbik_jax._axes import axis_size, varying_axes
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import tree_psum
+from tbik_jax.collectives import sum_of_leaves
 from tbik_jax.contract import Contract
 from tbik_jax.kernels.exact import cast, product, quotient, rounded, tree_sum
 from tbik_jax.kernels.token_sum import token_sum
@@ -225,11 +225,7 @@ def _square_sum(x: Array, cuts: Sequence[Cut], contract: Contract) -> Array:
     by_slot = jnp.moveaxis(squares.reshape(shape), fronts, range(len(cuts)))
     sums = tree_sum(by_slot.reshape(*slots, -1))
     for cut, plan in reversed(list(zip(cuts, plans, strict=True))):
-        of_leaves = jnp.moveaxis(sums, -1, 0)
-        if cut.axis_name is None:
-            sums = plan.tree.reduce(list(of_leaves), jnp.add)
-        else:
-            sums = tree_psum(of_leaves, cut.axis_name, tree=plan.tree)
+        sums = sum_of_leaves(jnp.moveaxis(sums, -1, 0), cut.axis_name, plan.tree)
     return sums
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tbik_jax._axes import axis_size, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import tree_psum
+from tbik_jax.collectives import sum_of_leaves
 from tbik_jax.contract import Contract
 from tbik_jax.kernels.exact import cast
 from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients_by_leaf
@@ -100,17 +99,10 @@ def _backward(
         (q, k), scales, given, cos, sin, eps=eps, leaves=[plan.slots for plan in plans]
     )
     dq_scale, dk_scale = (
-        cast(_total(axis_name, tree, of_leaves), scale.dtype)
-        for tree, of_leaves, scale in zip(trees, parts, (q_scale, k_scale), strict=True)
+        cast(sum_of_leaves(of_leaves, axis_name, plan.tree), scale.dtype)
+        for plan, of_leaves, scale in zip(plans, parts, (q_scale, k_scale), strict=True)
     )
     return dq, dk, dq_scale, dk_scale, jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
 _norm_rope.defvjp(_forward, _backward)
-
-
-def _total(axis_name: str | None, tree: Any, parts: Array) -> Array:
-    """Of the tree over all leaves, of which this rank has these slots."""
-    if axis_name is None:
-        return tree.reduce(list(parts), jnp.add)
-    return tree_psum(parts, axis_name, tree=tree)

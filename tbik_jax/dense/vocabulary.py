@@ -15,7 +15,7 @@ from jax import lax
 
 from tbik_jax._axes import axis_size, vary, vary_like
 from tbik_jax._problems import Problems
-from tbik_jax.collectives import tree_all_gather, tree_psum
+from tbik_jax.collectives import sum_of_leaves, tree_all_gather
 from tbik_jax.contract import Contract
 from tbik_jax.dense.linear import column_parallel
 from tbik_jax.kernels import backend
@@ -212,11 +212,7 @@ def _log_sum_exp(vocabulary: Vocabulary, logits: Array) -> Array:
     else:
         top = _largest(jnp.max(logits, axis=-1), vocabulary)
         leaves = jnp.moveaxis(tree_sum(exp(by_leaf - top[..., None, None])), -1, 0)
-    if vocabulary.axis_name is None:
-        total = vocabulary.tree.reduce(list(leaves), jnp.add)
-    else:
-        total = tree_psum(leaves, vocabulary.axis_name, tree=vocabulary.tree)
-    return top + log(total)
+    return top + log(sum_of_leaves(leaves, vocabulary.axis_name, vocabulary.tree))
 
 
 def _log_sum_exp_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -278,11 +274,7 @@ def _log_softmax_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tupl
 def _log_softmax_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     y, like = saved
     dy = jnp.where(jnp.isfinite(y), dy.astype(jnp.float32), 0.0)
-    by_leaf = _leaf_sums(dy, vocabulary)
-    if vocabulary.axis_name is None:
-        total = vocabulary.tree.reduce(list(by_leaf), jnp.add)
-    else:
-        total = tree_psum(by_leaf, vocabulary.axis_name, tree=vocabulary.tree)
+    total = sum_of_leaves(_leaf_sums(dy, vocabulary), vocabulary.axis_name, vocabulary.tree)
     return (cast(dy - product(exp(y), total[..., None]), like.dtype),)
 
 

@@ -412,15 +412,14 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     refs.append(far_gmem.at[block, wg, pl.ds(at, there * settling.WORDS)])
                 return refs
 
+            def holds(leaf, of_step):
+                return _holds(program.mask(of_step), leaf, program.leaves)
+
             def stops(leaf):
                 """Where the value of a leaf goes from the registers' first sum on."""
-
-                def holds(of_step):
-                    return _holds(program.mask(of_step), leaf, program.leaves).astype(jnp.int32)
-
                 for number in range(1, program.storages):
-                    pops = holds(lambda step, number=number: number in step.pops)
-                    pushes = holds(lambda step, number=number: step.push == number)
+                    pops = holds(leaf, lambda step, number=number: number in step.pops).astype(jnp.int32)
+                    pushes = holds(leaf, lambda step, number=number: step.push == number).astype(jnp.int32)
                     if number < sums:
                         yield settling.Stop(pops, pushes, register=number)
                     else:
@@ -442,8 +441,8 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     if program.storages == 1:
                         return _Held((waiting + value,), node, goes_to, tile)
                     for place in range(sums, program.storages) if late_sums else ():
-                        there = sum(1 << i for i, step in enumerate(program.steps) if step.push == place)
-                        goes_to = lax.select(_holds(there, leaf, program.leaves), jnp.int32(place), goes_to)
+                        goes = holds(leaf, lambda step, place=place: step.push == place)
+                        goes_to = lax.select(goes, jnp.int32(place), goes_to)
                     values = settling.settle(value, (waiting, *held.values[1:]), tuple(stops(leaf)))
                     return _Held(values, node, goes_to, tile)
 
