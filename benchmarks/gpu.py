@@ -37,7 +37,7 @@ def parts(folder: Path) -> dict[str, list[str]]:
             f"{here}/hopper_bits.py",
             "--models",
             "qwen3",
-            "--threads",
+            "--processes",
             "12",
             "--out",
             str(folder / "hopper_bits.jsonl"),

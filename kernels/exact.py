@@ -7,7 +7,7 @@ to the last element of a vector), and drops a rounding to bf16 between two fusio
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,18 +34,28 @@ def rounded(x: Array) -> Array:
     return jnp.where(x == x, x, jnp.nan)
 
 
-def product(a: Array, b: Array | float) -> Array:
+def product(a: Array | float, b: Array | float) -> Array:
     """``a * b``, rounded before anyone adds to it."""
     return rounded(a * b)
 
 
-def quotient(a: Array, b: Array) -> Array:
+@partial(jax.jit, inline=True)
+def reciprocal(x: Array) -> Array:
+    """``1 / x``, the same inside ``jit`` and outside.
+
+    Outside, JAX passes the 1 at run time, and a GPU divides; where the 1 is a constant, it takes its reciprocal instruction, a
+    unit in the last place away.
+    """
+    return 1.0 / x
+
+
+def quotient(a: Array | float, b: Array) -> Array:
     """``a * (1 / b)``, both steps rounded.
 
     XLA makes this of ``a / b`` where it sees that b is broadcast, under ``jit`` alone, and not for a single element.
     Written out, it is the same everywhere. On a GPU the reciprocal is an instruction's, within a unit in the last place.
     """
-    return product(a, 1.0 / b)
+    return product(a, reciprocal(b))
 
 
 def cast(x: Array, dtype: DTypeLike) -> Array:

@@ -21,7 +21,7 @@ from tbik_jax._axes import axis_size, varying_axes
 from tbik_jax._problems import Problems
 from tbik_jax.collectives import sum_of_leaves
 from tbik_jax.contract import Contract
-from tbik_jax.kernels.exact import cast, product, quotient, rounded, tree_sum
+from tbik_jax.kernels.exact import cast, product, quotient, reciprocal, rounded, tree_sum
 from tbik_jax.kernels.token_sum import token_sum
 from tbik_jax.tree import schedule
 
@@ -86,10 +86,12 @@ def adamw(
 
     def update(gradients: Any, state: AdamWState, params: Any = None) -> tuple[Any, AdamWState]:
         _check_alike(gradients, state, params)
-        rate: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         powers = product(state.powers, jnp.array([b1, b2], jnp.float32))
-        # Scalars once and for all, so that no loop over elements recomputes them in its own way.
-        rate, corrections = lax.optimization_barrier((jnp.float32(rate), 1.0 / (1.0 - powers)))
+        # Behind barriers, so that scalars are computed on the device, once and for all: XLA would fold those of a first step
+        # that it knows, dividing otherwise than a GPU does, or have a loop over elements recompute them in its own way.
+        count, powers = lax.optimization_barrier((state.steps, powers))
+        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
+        rate, corrections = lax.optimization_barrier((jnp.float32(rate), reciprocal(1.0 - powers)))
         decays = jax.tree.broadcast(True if mask is None else mask(params) if callable(mask) else mask, params)
 
         def moment(old: Array, new: Array, decay: float) -> Array:

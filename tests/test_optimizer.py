@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tbik_jax import Contract, emulate
-from tbik_jax.kernels.exact import product
+from tbik_jax.kernels.exact import product, quotient, reciprocal
 from tbik_jax.optimizer import Cut, adamw, apply_updates, clip_by_global_norm, global_norm
 from tbik_jax.testing import assert_bitwise_equal, bits
 from tests.meshes import mesh_of
@@ -29,7 +29,7 @@ def drawn(rng: np.random.Generator, size: int = SIZE) -> tuple[Any, ...]:
 
 def three_steps(params: Any, *gradients: Any, **how: Any) -> Any:
     """With a schedule."""
-    optimizer = adamw(lambda count: 1e-2 / (1.0 + count), weight_decay=0.1, **how)
+    optimizer = adamw(lambda count: quotient(1e-2, 1.0 + count), weight_decay=0.1, **how)
     state = optimizer.init(params)
     for g in gradients:
         updates, state = optimizer.update(g, state, params)
@@ -39,7 +39,7 @@ def three_steps(params: Any, *gradients: Any, **how: Any) -> Any:
 
 def clipped_steps(p: Any, *gradients: Any) -> Any:
     """Of gradients that are clipped in the same program; the last argument is their norm."""
-    factor = jnp.minimum(1.0, 1.0 / gradients[-1])
+    factor = jnp.minimum(1.0, reciprocal(gradients[-1]))
     return three_steps(p, *(product(g, factor) for g in gradients[:-1]))
 
 
