@@ -32,9 +32,6 @@ _FEW = 16384
 _ALONE = 32
 #: Shared memory of a thread, in 16 bytes: what leaves room for four blocks a multiprocessor, and what there is.
 _AHEAD, _MOST_SLOTS = 24, 96
-#: Blocks that add their nodes by way of each other's shared memory before they write one, 1, 2, 4 or 8. Performance-only;
-#: more than 1 was not measured yet.
-_CLUSTER = 1
 #: Threads side by side when nodes are added; the others' nodes follow on each other, each thread's up to so often 16.
 _ACROSS, _MOST_ROUNDS = 4, 4
 
@@ -166,9 +163,7 @@ def _gradients(
 
     many = all_blocks(TOKENS) > _ALONE
     chain = TOKENS if many else 1
-    blocks = [each.blocks(together * TOKENS) for each in of]
-    cluster = math.gcd(_CLUSTER, *blocks) if many else 1  # blocks of one leaf
-    nodes = [(each.leaves, count // cluster if many else each.rows) for each, count in zip(of, blocks, strict=True)]
+    nodes = [(each.leaves, each.blocks(together * TOKENS) if many else each.rows) for each in of]
     stage = len(_columns_of(d)) * sum(_slots(array) for array in (xs[0], dys[0], *besides))
     stages = max(1, min(_AHEAD // stage, 3), 2 * (2 * stage <= _MOST_SLOTS)) if many else 1
     program = partial(
@@ -179,7 +174,6 @@ def _gradients(
         eps=eps,
         chain=chain,
         stages=stages,
-        cluster=cluster,
         turned=bool(tables),
         beside=bool(besides),
     )
@@ -187,9 +181,7 @@ def _gradients(
     out = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs), jax.ShapeDtypeStruct((sums, d), jnp.float32)]
     slots = max(stages * stage, 2 * len(_columns_of(d)))
     given = (*xs, *scales, *dys, *tables, *besides)
-    *dxs, parts = simt.launch(
-        program, all_blocks(chain), given, tuple(out), shared=_exchanged(d, 2), slots=slots, cluster=cluster
-    )
+    *dxs, parts = simt.launch(program, all_blocks(chain), given, tuple(out), shared=_exchanged(d, 2), slots=slots)
     return dxs, _sums(parts, nodes, dtype, in_order=not many)
 
 
@@ -363,7 +355,6 @@ def _backward(
     eps: float,
     chain: int,
     stages: int,
-    cluster: int,
     turned: bool,
     beside: bool,
 ) -> None:
@@ -388,7 +379,7 @@ def _backward(
         blocks = each.blocks(together * chain)
         here = m.block - first
         leaf = here // blocks
-        nodes = blocks // cluster if chain > 1 else each.rows
+        nodes = blocks if chain > 1 else each.rows
         places.append((here - leaf * blocks, leaf * each.heads, leaf * nodes + first_part))
         first += each.leaves * blocks
         first_part += each.leaves * nodes
@@ -492,32 +483,11 @@ def _backward(
         m.keep(0, sums)
         m.barrier()
         places = [m.thread % span + i * span for i in range(simt.THREADS // span)]
-
-    def total(c: int) -> list[Any]:
+    for c, (at, where) in enumerate(columns):
+        total = sums[c * CHUNK : (c + 1) * CHUNK]
         if span < simt.THREADS:
-            return _added([m.kept(2 * c, CHUNK, thread=thread) for thread in places])
-        return sums[c * CHUNK : (c + 1) * CHUNK]
-
-    if cluster == 1:
-        for c, (at, where) in enumerate(columns):
-            values = total(c)
-            m.store(parts, m.wide(part + of_leaf) * d + at, values, (m.thread < count) & where)
-        return
-    totals = [total(c) for c in numbers]
-    if span < simt.THREADS:
-        m.barrier()  # others read these slots
-    for c, values in zip(numbers, totals, strict=True):
-        m.keep(2 * c, values)
-    m.meet()
-    fours = 2 * len(columns)  # of a thread's columns; the blocks take turns at them
-    for first in range(0, fours, cluster):
-        four = m.rank + first
-        inside = True if first + cluster <= fours else four < fours
-        four = four if inside is True else m.pick(inside, four, 0)
-        values = _added([m.kept(four, 4, block=block) for block in range(cluster)])
-        at = (m.thread % count + (four // 2) * count) * CHUNK + (four % 2) * 4
-        m.store(parts, m.wide(part + of_leaf // cluster) * d + at, values, inside & (m.thread < count) & (at < d))
-    m.meet()
+            total = _added([m.kept(2 * c, CHUNK, thread=thread) for thread in places])
+        m.store(parts, m.wide(part + of_leaf) * d + at, total, (m.thread < count) & where)
 
 
 def _added(values: Sequence[Sequence[Any]]) -> Any:

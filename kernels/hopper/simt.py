@@ -38,39 +38,31 @@ def launch(
     *,
     shared: int = 0,
     slots: int = 0,
-    cluster: int = 1,
     in_place: Sequence[Array] = (),
 ) -> Any:
     """Run ``program(machine, *inputs, *in_place, *outputs)`` in every thread of so many blocks of 128.
 
     ``out`` is one or several ``jax.ShapeDtypeStruct``; ``shared`` the words that `Machine.of_warps` exchanges at most at once;
-    ``slots`` of 16 bytes of shared memory every thread has for itself; ``cluster`` consecutive blocks, 1, 2, 4 or 8, run at the
-    same time and reach each other's slots; ``in_place`` whole arrays of which no copy will do.
+    ``slots`` of 16 bytes of shared memory every thread has for itself; ``in_place`` whole arrays of which no copy will do.
     """
-    assert blocks % cluster == 0
     scratch = [2 * shared * WARPS] * bool(shared) + [4 * slots * THREADS] * bool(slots)
 
     def body(*refs: Any) -> None:
-        block = lax.axis_index("grid")
-        numbers = (block,) if cluster == 1 else (block * cluster + lax.axis_index("cluster"), lax.axis_index("cluster"))
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *[plgpu.Layout.WG_SPLAT(())] * len(numbers)))
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT(())))
         def run(ctx: Any, *arguments: Any) -> None:
-            *arrays, block = arguments[: len(refs) + 1]
+            *arrays, block = arguments
             own = arrays.pop() if slots else None
             exchange = arrays.pop() if shared else None
-            rank = [x.registers.item() for x in arguments[len(refs) + 1 :]]
-            program(Machine(block.registers.item(), exchange, own, *rank), *arrays)
+            program(Machine(block.registers.item(), exchange, own), *arrays)
 
-        run(*refs, *numbers)
+        run(*refs, lax.axis_index("grid"))
 
     body.__name__ = getattr(program, "__name__", None) or program.func.__name__
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=(blocks // cluster,),
+        grid=(blocks,),
         grid_names=("grid",),
-        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         scratch_types=[plgpu.SMEM((words,), jnp.float32) for words in scratch],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*unsliced(*inputs), *in_place)
@@ -234,10 +226,8 @@ class Arithmetic:
 class Machine(Arithmetic):
     """A thread of a block: arithmetic, memory, neighbours."""
 
-    def __init__(self, block: Any, exchange: Any, own: Any = None, rank: Any = None) -> None:
+    def __init__(self, block: Any, exchange: Any, own: Any = None) -> None:
         self.block = Int(block)
-        #: The block's number in its cluster.
-        self.rank: Any = None if rank is None else Int(rank)
         self.thread = Int(arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(THREADS, _i32())))
         self._exchange = exchange
         self._own: Any = None if own is None else Int(llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(own)))
@@ -339,22 +329,14 @@ class Machine(Arithmetic):
             address = self._slot(slot + piece, self.thread).value
             mgpu.utils.inline_ptx(f"st.shared.v4.b32 [$4], {_braced(4)};", *words, address, has_side_effects=True)
 
-    def kept(
-        self, slot: Int | int, count: int, ref: Any = None, thread: Int | None = None, block: int | None = None
-    ) -> list[Float]:
-        """What is in slots of this thread, or behind a `barrier` of another: values of the dtype of ``ref``, f32 without it.
-
-        Behind `meet`, those of a ``block`` of the cluster.
-        """
+    def kept(self, slot: Int | int, count: int, ref: Any = None, thread: Int | None = None) -> list[Float]:
+        """What is in slots of this thread, or behind a `barrier` of another: values of the dtype of ``ref``, f32 without it."""
         dtype = jnp.dtype(jnp.float32) if ref is None else _dtype(ref)
         size, values = 16 // dtype.itemsize, []
         for piece in range(count // size):
-            address, space = self._slot(slot + piece, self.thread if thread is None else thread).value, "shared"
-            if block is not None:
-                space, of = "shared::cluster", mgpu.utils.c(block, _i32())
-                address = mgpu.utils.inline_ptx(f"mapa.{space}.u32 $0, $1, $2;", address, of, result_types=_i32())
+            address = self._slot(slot + piece, self.thread if thread is None else thread).value
             words = mgpu.utils.inline_ptx(
-                f"ld.{space}.v4.b32 {_braced(4)}, [$4];", address, result_types=[_i32()] * 4, has_side_effects=True
+                f"ld.shared.v4.b32 {_braced(4)}, [$4];", address, result_types=[_i32()] * 4, has_side_effects=True
             )
             values += _unpack(list(words), dtype)
         return values
@@ -366,11 +348,6 @@ class Machine(Arithmetic):
     def barrier(self) -> None:
         """Of the block."""
         mgpu.utils.warpgroup_barrier()
-
-    def meet(self) -> None:
-        """Barrier of the cluster. Who reads another block's slots lets it go by a second one."""
-        for step in ("arrive.release", "wait.acquire"):
-            mgpu.utils.inline_ptx(f"barrier.cluster.{step}.aligned;", has_side_effects=True, convergent=True)
 
     # Neighbours ------------------------------------------------------------------------------------------------------
 

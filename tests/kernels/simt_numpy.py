@@ -23,15 +23,12 @@ class Picked:
 
 
 class Machine:
-    def __init__(self, blocks: int, slots: int = 0, cluster: int = 1) -> None:
-        assert blocks % cluster == 0
-        self.shape, self.cluster = (blocks, simt.THREADS), cluster
+    def __init__(self, blocks: int, slots: int = 0) -> None:
+        self.shape = blocks, simt.THREADS
         self.block = np.broadcast_to(np.arange(blocks)[:, None], self.shape)
-        self.rank = self.block % cluster
         self.thread = np.broadcast_to(np.arange(simt.THREADS), self.shape)
         self.written: dict[int, np.ndarray] = {}
         self.slots: list[Any] = [None] * slots
-        self.met = False  # between two meetings of a cluster
         self.groups: list[list[tuple[int, Any]]] = [[]]  # of fetches on their way; the last is not committed
 
     def zero(self):
@@ -130,15 +127,8 @@ class Machine:
             assert not isinstance(self.slots[slot + piece], str)
             self.slots[slot + piece] = [np.broadcast_to(x, self.shape) for x in values[piece * size :][:size]]
 
-    def kept(self, slot, count, ref=None, thread=None, block=None):
+    def kept(self, slot, count, ref=None, thread=None):
         size = 16 // (4 if ref is None else ref.dtype.itemsize)
-        if block is not None:  # of another block, and a slot that every block chooses for itself
-            assert self.met and thread is None and count == size
-            nothing = [np.full(self.shape, np.nan, np.float32)] * size  # in slots of other values
-            here = np.array([of if len(of) == size else nothing for of in self.slots])  # [slots, size, blocks, 128]
-            blocks = self.block - self.rank + block
-            at = np.broadcast_to(slot, self.shape), blocks, self.thread
-            return [here[at[0], i, at[1], at[2]] for i in range(size)]
         values = [x for piece in range(count // size) for x in self.slots[slot + piece]]
         assert len(values) == count, "not what was put there"
         if thread is None:
@@ -147,10 +137,6 @@ class Machine:
 
     def barrier(self):
         assert self.groups == [[]], "something is on its way"
-
-    def meet(self):
-        self.barrier()
-        self.met = not self.met
 
     def of_lane(self, x, distance):
         return np.broadcast_to(x, self.shape)[:, np.arange(simt.THREADS) ^ distance]
@@ -166,15 +152,13 @@ class Machine:
         return list(carry)
 
 
-def launch(
-    program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0, slots: int = 0, cluster: int = 1
-) -> Any:
+def launch(program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0, slots: int = 0) -> Any:
     """Stands for `simt.launch`; also under ``jit`` and inside of ``custom_vmap``."""
     single = not isinstance(out, tuple | list)
     like = (out,) if single else tuple(out)
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        machine = Machine(blocks, slots, cluster)
+        machine = Machine(blocks, slots)
         results = [np.zeros(x.shape, x.dtype) for x in like]
         with np.errstate(all="ignore"):
             program(machine, *map(np.asarray, arrays), *results)

@@ -173,45 +173,6 @@ def test_gradients_of_leaves_are_those_of_leaves_alone(rng, tokens, leaves, head
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("cluster", [2, 8])
-@pytest.mark.parametrize("tokens, d", [(128, 4096), (128, 4000), (64, 1100), (80, 1100), (1029, 600)])
-def test_blocks_of_a_cluster_add_their_nodes(rng, monkeypatch, cluster, tokens, d):
-    """Eight blocks, two, three (which make no cluster), and several that share a row's threads."""
-    monkeypatch.setattr(norms, "_ALONE", 0)
-    monkeypatch.setattr(norms, "_CLUSTER", cluster)
-    x, dy, also = (normal(rng, tokens, d, dtype="bfloat16") for _ in range(3))
-    scale = normal(rng, d)
-    want = norm_gradients(x, scale, dy, EPS)
-    assert_bitwise_equal(norms.rms_norm_gradients(x, scale, dy, EPS), want)
-    dx = (want[0].astype(f32) + also.astype(f32)).astype("bfloat16")
-    assert_bitwise_equal(norms.rms_norm_gradients(x, scale, dy, EPS, also), (dx, want[1]))
-
-
-@pytest.mark.invariance
-@pytest.mark.parametrize("tokens, blocks", [(1024, 2), (1100, 1)])
-def test_a_cluster_is_of_one_leaf(rng, monkeypatch, tokens, blocks):
-    """Four and two blocks a leaf, or five and three."""
-    monkeypatch.setattr(norms, "_ALONE", 0)
-    leaves, cos, sin = (2, 3), *turning(rng, tokens, 128)
-    xs, dys = ([normal(rng, tokens, heads, 128) for heads in (4, 3)] for _ in range(2))
-    scales = [normal(rng, 128) for _ in leaves]
-
-    def run():
-        return norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves)
-
-    want, clusters, launch = run(), [], simt.launch
-
-    def launched(*of, cluster=1, **how):
-        clusters.append(cluster)
-        return launch(*of, cluster=cluster, **how)
-
-    monkeypatch.setattr(norms, "_CLUSTER", 8)
-    monkeypatch.setattr(simt, "launch", launched)
-    assert_bitwise_equal(run(), want)
-    assert clusters[0] == blocks
-
-
-@pytest.mark.invariance
 def test_arrays_of_several_dtypes_go_one_by_one(rng):
     cos, sin = turning(rng, 9, 64)
     xs = [normal(rng, 9, 2, 64, dtype=t) for t in ("float32", "bfloat16")]
@@ -462,12 +423,11 @@ def test_gradients_of_many_rows_and_of_few(rng, monkeypatch, tokens, d):
         return *norms.rms_norm_gradients(x, scale, dy, EPS), norms.rms_norm_gradients(x, scale, dy, EPS, also)[0]
 
     found = []
-    for most, cluster in ((0, 1), (norms._ALONE, 1), (1 << 30, 1), (0, 2), (0, 8)):
+    for most in (0, norms._ALONE, 1 << 30):
         monkeypatch.setattr(norms, "_ALONE", most)
-        monkeypatch.setattr(norms, "_CLUSTER", cluster)
         found.append(jax.tree.map(np.asarray, jax.jit(lambda *of: run(*of))(x, dy, also)))
-    for other in found[1:]:
-        assert_bitwise_equal(other, found[0])
+    assert_bitwise_equal(found[0], found[1])
+    assert_bitwise_equal(found[1], found[2])
     monkeypatch.undo()
     for rows in (slice(0, 1), slice(tokens // 2, tokens // 2 + 17)):
         dx, _, both = jax.jit(lambda *of: run(*of))(x[rows], dy[rows], also[rows])
@@ -490,12 +450,11 @@ def test_gradients_of_heads_at_once_and_leaf_by_leaf(rng, monkeypatch, tokens, d
     for x, scale, dy in zip(xs, scales, dys, strict=True):
         each = [alone(x, scale.astype(f32), dy) for x, dy in zip(np.split(x, 8, 1), np.split(dy, 8, 1), strict=True)]
         want.append((np.concatenate([dx for (dx,), _ in each], 1), np.concatenate([dscale for _, (dscale,) in each])))
-    for most, cluster in ((0, 1), (norms._ALONE, 1), (1 << 30, 1), (0, 8)):
+    for most in (0, norms._ALONE, 1 << 30):
         monkeypatch.setattr(norms, "_ALONE", most)
-        monkeypatch.setattr(norms, "_CLUSTER", cluster)
         run = jax.jit(lambda xs, dys: norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves))
         found = run(xs, dys)
-        assert_bitwise_equal(found, tuple(zip(*want, strict=True)), f"up to {most} blocks, clusters of {cluster}")
+        assert_bitwise_equal(found, tuple(zip(*want, strict=True)), f"up to {most} blocks")
     whole = turned_gradients(xs[1][:, :1], scales[1].astype(f32), dys[1][:, :1], cos, sin)
     assert_bitwise_equal((found[0][1][:, :1], found[1][1][0]), whole, "the specification")
 
