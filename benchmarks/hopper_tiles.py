@@ -1,7 +1,7 @@
 """Other tiles than those chosen by shape: which settings of `Tiles` and `SmallTiles` pay on this card. Bits are compared too.
 
-python benchmarks/hopper_tiles.py --suites large,weight-gradient,input-gradient --change late_sums=True --change end_pairs=True
-python benchmarks/hopper_tiles.py --suites small --rows 1,16 --change from_registers=True
+python benchmarks/hopper_tiles.py --suites large,weight-gradient,input-gradient --change late_sums=False --change end_pairs=False
+python benchmarks/hopper_tiles.py --suites small --rows 1,16 --change columns=16 --change depth=64,stages=8
 
 Prints, for each product, the baseline's time over that of the chosen tiles and over each change (more is faster). `!` marks
 other bits, `-` a change that the product's kernel does not have. Every program is compiled before anything is measured.

@@ -437,7 +437,6 @@ def test_tiles_and_runs_change_nothing(rng, arities):
         SmallTiles(16, False, 128, 2, 2),
         SmallTiles(8, False, 64, 4, 1),
         SmallTiles(24, False, 64, 3, 2, rows=64),
-        SmallTiles(8, False, 128, 3, 4, rows=64, from_registers=True),
     ):
         assert_bitwise_equal(multiply("mlk,nlk->mn", root, tiles=tiles)(x, y), want, str(tiles))
 
@@ -451,22 +450,10 @@ def test_what_leaves_in_other_steps_changes_nothing(rng, arities, k):
     x, y = operands(rng, (384, 8, k), (1000, 8, k), "bfloat16")
     root = [Tree(8, arities).root]
     want = multiply("mlk,nlk->mn", root)(x, y)
-    for change in ({"end_pairs": True}, {"late_sums": True}, {"end_pairs": True, "late_sums": True}):
-        got = multiply("mlk,nlk->mn", root, tiles=lambda tiles, change=change: replace(tiles, turns=True, **change))(
-            x, y
-        )
+    for pairs, late in itertools.product((False, True), repeat=2):
+        change = {"turns": True, "end_pairs": pairs, "late_sums": late}
+        got = multiply("mlk,nlk->mn", root, tiles=lambda tiles, change=change: replace(tiles, **change))(x, y)
         assert_bitwise_equal(got, want, str(change))
-
-
-@on_the_card
-@pytest.mark.gpu
-@pytest.mark.parametrize("m, n, k", [(1, 768, 4096), (3, 1536, 4096), (64, 777, 320), (17, 9, 136)])
-def test_rows_from_registers_change_nothing(rng, m, n, k):
-    x, y = operands(rng, (m, k), (n, k), "bfloat16")
-    want = multiply("mk,nk->mn", [Node(0, 1)])(x, y)
-    for columns in (8, 16, 24):
-        tiles = SmallTiles(columns, False, 128, 3, from_registers=True)
-        assert_bitwise_equal(multiply("mk,nk->mn", [Node(0, 1)], tiles=tiles)(x, y), want, str(tiles))
 
 
 @on_the_card

@@ -44,7 +44,6 @@ class SmallTiles:
         stages: Slots of the ring.
         split: Blocks of a cluster, over which the leaves are spread; divides them.
         rows: Rows of a block, 64 or 128; all of them with ``swap``.
-        from_registers: The tensor cores take the rows from registers; of up to 64 rows, without ``swap``.
     """
 
     columns: int = 64
@@ -53,7 +52,6 @@ class SmallTiles:
     stages: int = 4
     split: int = 1
     rows: int = 128
-    from_registers: bool = False
 
 
 def products(
@@ -64,8 +62,7 @@ def products(
     if (
         leaves % tiles.split
         or problem.m > 128
-        or (tiles.swap and problem.m > tiles.rows)
-        or (tiles.from_registers and (tiles.swap or min(problem.m, tiles.rows) > ROWS))
+        or (tiles.swap and (problem.m > tiles.rows or tiles.columns != 64))
         or not (problem.a.k_major and problem.b.k_major)
     ):
         raise ValueError(f"{tiles} does not fit {problem}")
@@ -184,15 +181,9 @@ def _kernel(
                     left, right = _rows_by_k(problem.a, a_smem.at[slot]), _rows_by_k(problem.b, b_smem.at[slot])
                     if tiles.swap:
                         left, right = right, left
-                    if tiles.from_registers:
-                        for k in range(0, tiles.depth, 64):
-                            rows = plgpu.layout_cast(left[:, k : k + 64], plgpu.Layout.WGMMA)
-                            plgpu.wgmma(accs[0], rows, plgpu.transpose_ref(right.at[:, pl.ds(k, 64)], (1, 0)))
-                            plgpu.wgmma_wait(1)  # the registers of the piece before are free
-                    else:
-                        for number, acc in enumerate(accs):
-                            rows = left.at[pl.ds(number * ROWS, ROWS)]
-                            plgpu.wgmma(acc, rows, plgpu.transpose_ref(right, (1, 0)))
+                    for number, acc in enumerate(accs):
+                        rows = left.at[pl.ds(number * ROWS, ROWS)]
+                        plgpu.wgmma(acc, rows, plgpu.transpose_ref(right, (1, 0)))
                     # The step before has been read: its slot takes the next operands.
                     plgpu.wgmma_wait(len(accs))
 

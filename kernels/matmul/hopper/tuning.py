@@ -1,4 +1,4 @@
-"""Tiles by shape: performance-only, so any choice is right. The numbers were measured on an H100."""
+"""Tiles by shape: performance-only, so any choice is right. The numbers were measured on an H100, and again on an H200."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 _SHARED, _TAKEN = 233_472, 2 * 1024
 #: Columns of a tile whose accumulator leaves registers for two sums that wait.
 _WIDEST_OF_TWO = 128
+#: Steps of a leaf from which on it pays to store a sum that waits during the next leaf's: it delays them.
+_STEPS_TO_STORE = 16
 #: Rows up to which the weight is what counts.
 SMALL_ROWS = 128
 
@@ -83,7 +85,17 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     # One warpgroup adds a leaf, or gates, while the other multiplies. Short leaves of narrow tiles gain nothing.
     turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
     turns = turns or problem.up is not None
-    return Tiles(columns, stages, 2 if pairs else 1, sums=sums, near=near, out_bytes=out_bytes, turns=turns)
+    return Tiles(
+        columns,
+        stages,
+        2 if pairs else 1,
+        sums=sums,
+        near=near,
+        out_bytes=out_bytes,
+        turns=turns,
+        end_pairs=turns and program.leaves > 1,
+        late_sums=waits > 0 and -(-problem.k // DEPTH) >= _STEPS_TO_STORE,
+    )
 
 
 def small_tiles(problem: Problem, blocks: int) -> SmallTiles | None:
