@@ -38,7 +38,7 @@ class SmallTiles:
     """Performance-only settings; no bit depends on any of them.
 
     Attributes:
-        columns: Columns of a block, a multiple of 8; of 64 with ``swap``.
+        columns: Columns of a block: a multiple of 8; with ``swap``, of 64.
         swap: The weight is the left operand of the tensor cores.
         depth: Contraction per stage, a multiple of 64.
         stages: Slots of the ring.
@@ -62,7 +62,7 @@ def products(
     if (
         leaves % tiles.split
         or problem.m > 128
-        or (tiles.swap and (problem.m > tiles.rows or tiles.columns != 64))
+        or (tiles.swap and (problem.m > tiles.rows or tiles.columns % ROWS))
         or not (problem.a.k_major and problem.b.k_major)
     ):
         raise ValueError(f"{tiles} does not fit {problem}")

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import settling
-from tbik_jax.kernels.matmul.hopper.large import DEPTH, ROWS, Problem, Tiles, out_width
+from tbik_jax.kernels.matmul.hopper.large import DEPTH, ROWS, Problem, Tiles, leaves_at_once, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
 #: Shared memory of a multiprocessor, and what the system and the barriers of a block take of it.
@@ -25,6 +25,7 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
 
     A step of a tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that leave in
     rows of 32 bytes, since nothing wider divides them, take that of 23 for each such piece, unless the leaf has a step for it.
+    The last result has no steps to leave with, and waits 128 for each piece, or 230 if all may leave at once.
     """
     program = problem.program
     # What waits in registers, a sum or an f32 result that leaves, takes as many as the accumulator; bf16 takes half.
@@ -47,7 +48,8 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         width = out_width(columns // parts, problem.n, problem.out_dtype)
         pieces = columns // parts // width
         leave = 23 * pieces if width * item <= 32 and pieces > steps else 0
-        return -(-tiles // blocks) * (steps * program.leaves * (columns + 27) + leave)
+        last = 230 if leaves_at_once(problem, columns // parts) else 128 * pieces
+        return -(-tiles // blocks) * (steps * program.leaves * (columns + 27) + leave) + last
 
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
@@ -82,9 +84,8 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
         pairs = problem.k * program.leaves >= 16384
     else:  # also where few rows meet many columns, which then come from device memory
         pairs = rows % 2 == 0 and columns > 160 and (waits > 1 or (rows <= 8 and problem.n > 16384))
-    # One warpgroup adds a leaf, or gates, while the other multiplies. Short leaves of narrow tiles gain nothing.
-    turns = program.leaves > 1 and not few and (columns > 128 or program.storages > 1 or problem.k >= 1024)
-    turns = turns or problem.up is not None
+    # One warpgroup adds a leaf, or gates, while the other multiplies.
+    turns = problem.up is not None or (program.leaves > 1 and not few)
     return Tiles(
         columns,
         stages,
