@@ -430,7 +430,7 @@ def test_tiles_and_runs_change_nothing(rng, arities):
         Tiles(128, 5, sums=2, near=14, out_bytes=64, turns=True),
         Tiles(96, 3, sums=2, cluster=2, out_bytes=32),
         Tiles(192, 4, near=8, turns=True, late_sums=True),
-        Tiles(128, 5, sums=2, near=14, turns=True, late_sums=True),
+        Tiles(128, 5, sums=2, near=14, out_bytes=64, turns=True, late_sums=True),
         Tiles(64, 3, late_sums=True, near=5),
         SmallTiles(64, True, 64, 3, 8),
         SmallTiles(128, True, 64, 2, 4),

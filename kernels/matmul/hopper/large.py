@@ -163,11 +163,6 @@ def out_width(columns: int, n: int, dtype: Any, most: int = 128) -> int:
     return next((width for width in widths if n % width == 0), widths[0])
 
 
-def leaves_at_once(problem: Problem, columns: int) -> bool:
-    """Whether results so many columns wide can leave by the slots of ``a``: TMA wants pieces aligned to their width."""
-    return problem.a.k_major and jnp.dtype(problem.out_dtype) == jnp.dtype(problem.dtype) and columns % DEPTH == 0
-
-
 def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: Problem, tiles: Tiles) -> None:
     program, columns, stages = problem.program, tiles.columns, tiles.stages
     results = columns // len(problem.factors)  # columns of the result in a tile
@@ -351,9 +346,6 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 
             # No piece may lie behind the result: Mosaic drops a dimension that has one piece, and its start with it.
             starts = range(0, min(results, -(-problem.n // width) * width), width)
-            # Columns of the last result that leave at once.
-            padded = -(-problem.n // width) * width
-            wide = min(results, padded) if leaves_at_once(problem, results) and padded % DEPTH == 0 else 0
             each = -(-len(starts) // (steps - late))
             rounds = -(-len(starts) // each)  # steps of the next leaf with which pieces leave
             store_each = -(-accesses // (steps - late))
@@ -396,27 +388,6 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
                     where["n"] = pl.ds(column + start, width)
                     there = out_gmem.at[tuple(where[axis] for axis in problem.out_axes)]
                     plgpu.copy_smem_to_gmem(out_smem.at[wg], there)
-
-            def leave_at_once(value, node, tile):
-                """The last result, for which no steps are left: by the slots of ``a``, where each warpgroup has its own rows."""
-                batch, row, column = starts_of(tile)
-                node, batch = (node if len(program.ends) > 1 else 0), (batch if problem.batch > 1 else 0)
-                where = {"s": node, "b": batch, "m": pl.ds(row + wg * ROWS, ROWS)}
-                for first in range(0, wide, stages * DEPTH):
-                    slots = [
-                        (a_smem.at[slot].at[pl.ds(wg * ROWS, ROWS)], start)
-                        for slot, start in enumerate(range(first, min(wide, first + stages * DEPTH), DEPTH))
-                    ]
-                    if first:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for slot, start in slots:
-                        slot[...] = value[:, start : start + DEPTH].astype(problem.out_dtype)
-                    plgpu.commit_smem()
-                    for slot, start in slots:
-                        where["n"] = pl.ds(column + start, DEPTH)
-                        plgpu.copy_smem_to_gmem(slot, out_gmem.at[tuple(where[axis] for axis in problem.out_axes)])
-                if not wide:
-                    leave(starts, value, node, tile)
 
             def result(value):
                 """Of a product of one leaf: rounded, gated."""
@@ -481,7 +452,7 @@ def _kernel(a_gmem: Ref, b_gmem: Ref, out_gmem: Ref, far_gmem: Ref, *, problem: 
 
             values = [nothing()] * sums if program.storages else [result(nothing())]
             held = each_tile(compute_tile, _Held(tuple(values), jnp.int32(-1), jnp.int32(-1), (jnp.int32(0),) * 3))
-            pl.when(held.node >= 0)(lambda: leave_at_once(held.values[0], held.node, held.tile))
+            pl.when(held.node >= 0)(lambda: leave(starts, held.values[0], held.node, held.tile))
             plgpu.wait_smem_to_gmem(0)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from tbik_jax.kernels.matmul.hopper import settling
-from tbik_jax.kernels.matmul.hopper.large import DEPTH, ROWS, Problem, Tiles, leaves_at_once, out_width
+from tbik_jax.kernels.matmul.hopper.large import DEPTH, ROWS, Problem, Tiles, out_width
 from tbik_jax.kernels.matmul.hopper.small import SmallTiles, Tile
 
 #: Shared memory of a multiprocessor, and what the system and the barriers of a block take of it.
@@ -25,7 +25,6 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
 
     A step of a tile of c columns takes the time of c + 27: its rows are loaded for however few columns. Results that leave in
     rows of 32 bytes, since nothing wider divides them, take that of 23 for each such piece, unless the leaf has a step for it.
-    The last result has no steps to leave with, and waits 128 for each piece, or 230 if all may leave at once.
     """
     program = problem.program
     # What waits in registers, a sum or an f32 result that leaves, takes as many as the accumulator; bf16 takes half.
@@ -48,8 +47,7 @@ def large_tiles(problem: Problem, blocks: int) -> Tiles:
         width = out_width(columns // parts, problem.n, problem.out_dtype)
         pieces = columns // parts // width
         leave = 23 * pieces if width * item <= 32 and pieces > steps else 0
-        last = 230 if leaves_at_once(problem, columns // parts) else 128 * pieces
-        return -(-tiles // blocks) * (steps * program.leaves * (columns + 27) + leave) + last
+        return -(-tiles // blocks) * (steps * program.leaves * (columns + 27) + leave)
 
     fits = [tiles for tiles in (_with_stages(problem, columns) for columns in widths) if tiles is not None]
     return min(fits, key=lambda tiles: cost(tiles.columns))
@@ -61,9 +59,10 @@ def _with_stages(problem: Problem, columns: int) -> Tiles | None:
     sums = 2 if program.storages > 1 and columns <= _WIDEST_OF_TWO else 1
     waits, rows = max(0, program.storages - sums), -(-problem.m // (2 * ROWS))
     few = problem.m <= SMALL_ROWS  # the weight then comes from device memory, and what is on its way counts
-    # Pieces as narrow as the steps of a leaf have time for: they delay a step less.
+    # Pieces as narrow as the steps of a leaf have time for: they delay a step less. With two sums in registers and all of
+    # shared memory for the ring, wider ones did better.
     item = jnp.dtype(problem.out_dtype).itemsize
-    out_bytes = 32 * item
+    out_bytes = (64 if sums == 2 and not waits else 32) * item
     out = 2 * ROWS * out_width(columns // len(problem.factors), problem.n, problem.out_dtype, out_bytes) * item
     stage = (2 * ROWS + columns) * 64 * 2
     if few or (columns <= 96 and not waits):
