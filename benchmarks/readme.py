@@ -72,25 +72,32 @@ def _mark(same: bool | None) -> str:
     return "-" if same is None else "yes" if same else "no"
 
 
+def gpu(row: dict[str, Any]) -> str:
+    """The name of a row's device, short: H100."""
+    found = re.search(r"\b[A-Z]+\d+\w*", row["device"])
+    return found[0] if found else row["device"]
+
+
 def whole_model() -> str:
-    """Invariant time over plain time on a GPU: of every work and numerics the newest row that has them."""
+    """Invariant time over plain time: of every work, GPU and numerics the newest row that has them."""
     rows = [json.loads(line) for line in (ROWS / "hopper_model.jsonl").read_text(encoding="utf-8").splitlines()]
     sides = {"chain": "`tree=(8,)`", "balanced": "`tree=(2,)`"}
-    lines = [f"| work | plain | {' | '.join(sides.values())} |", "|---|---|---|---|"]
+    lines = [f"| work | GPU | plain | {' | '.join(sides.values())} |", "|---|---|---|---|---|"]
     used = []
-    for work in dict.fromkeys(row["work"] for row in rows):
-        newest = {side: [row for row in rows if row["work"] == work and f"{side}_ms" in row][-1] for side in sides}
+    of_each: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        of_each.setdefault((row["work"], gpu(row)), []).append(row)
+    works = [work for work, _ in of_each]
+    for (work, name), some in sorted(of_each.items(), key=lambda item: works.index(item[0][0])):
+        newest = {side: [row for row in some if f"{side}_ms" in row][-1] for side in sides}
         used += newest.values()
         cells = [f"{newest['chain']['plain_ms']:.1f} ms"]
         cells += [
             f"{row[f'{side}_ms'] / row['plain_ms']:.2f} ({row[f'{side}_ms']:.1f} ms)" for side, row in newest.items()
         ]
-        lines.append(f"| {work} | {' | '.join(cells)} |")
-    found = dict.fromkeys(
-        f"{row['layers']} layers, {row['dtype']}, {row['device']}, jax {row['jax']}, commit {row['commit']}"
-        for row in used
-    )
-    return "\n".join([*lines, "", f"{used[0]['model']}: {'; '.join(found)}."])
+        lines.append(f"| {work} | {name} | {' | '.join(cells)} |")
+    layers = dict.fromkeys(f"{row['layers']} layers, {row['dtype']}" for row in used)
+    return "\n".join([*lines, "", f"{used[0]['model']}, {'; '.join(layers)}. {_devices(used)}."])
 
 
 def digests() -> str:
@@ -161,15 +168,15 @@ def hopper_rows(path: Path) -> list[dict[str, Any]]:
         if "error" in row:
             raise SystemExit(f"{path.name} has a row that failed: {line[:200]}")
         rows[tuple(str(row.get(key)) for key in identity)] = row
-    return list(rows.values())
+    # What was measured on several devices stands together.
+    order = {key: place for place, key in reversed(list(enumerate(key[1:] for key in rows)))}
+    return [row for key, row in sorted(rows.items(), key=lambda item: order[item[0][1:]])]
 
 
 def hopper(rows: list[dict[str, Any]]) -> str:
-    """The baseline's time over ours, by what is multiplied."""
-    lines = [
-        "| products | tokens | leaves | rows | geometric mean | smallest | bits |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The baseline's time over ours, by what is multiplied and by GPU: geometric mean, smallest, number of rows."""
+    devices = sorted({gpu(row) for row in rows})
+    lines = [f"| products | tokens | leaves | {' | '.join(devices)} | bits |", "|---" * (4 + len(devices)) + "|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         leaves = "1" if row["leaves"] == 1 else "more, chain" if row["tree"] == "chain" else "more, balanced"
@@ -178,22 +185,32 @@ def hopper(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((row["suite"], row["dtype"], row["tokens"], leaves), []).append(row)
     names = {"large": "many tokens", "small": "few tokens", "weight-gradient": "weight gradient"}
     for (suite, dtype, tokens, leaves), some in sorted(groups.items()):
-        ratios = [row["ratio"] for row in some]
-        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        cells = [f"{names.get(suite, suite.replace('-', ' '))}, {dtype}", str(tokens), leaves]
+        for device in devices:
+            ratios = [row["ratio"] for row in some if gpu(row) == device]
+            mean = math.exp(math.fsum(map(math.log, ratios)) / max(1, len(ratios)))
+            cells.append(f"{mean:.2f}, {min(ratios):.2f} ({len(ratios)})" if ratios else "-")
         equal = sum(row["bits"] == "equal" for row in some)
-        bits = "all equal" if equal == len(some) else f"{len(some) - equal} rows differ"
-        name = f"{names.get(suite, suite.replace('-', ' '))}, {dtype}"
-        lines.append(f"| {name} | {tokens} | {leaves} | {len(some)} | {mean:.2f} | {min(ratios):.2f} | {bits} |")
+        cells.append("all equal" if equal == len(some) else f"{len(some) - equal} rows differ")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _measured_on(rows)])
 
 
-def _measured_on(rows: list[dict[str, Any]]) -> str:
-    found = []
+def _devices(rows: Sequence[dict[str, Any]]) -> str:
+    """Each device once, with the versions and commits of its rows."""
+    commits: dict[str, list[str]] = {}
     for row in rows:
-        cuda = f"CUDA {row['cuda']}, " if row.get("cuda") else ""
-        found.append(f"{row['device']}, jax {row['jax']}, {cuda}commit {row['commit']}")
+        cuda = f", CUDA {row['cuda']}" if row.get("cuda") else ""
+        commits.setdefault(f"{row['device']}, jax {row['jax']}{cuda}", []).append(row["commit"])
+    found = {device: list(dict.fromkeys(some)) for device, some in commits.items()}
+    return "; ".join(
+        f"{device}, {'commit' if len(some) == 1 else 'commits'} {' '.join(some)}" for device, some in found.items()
+    )
+
+
+def _measured_on(rows: Sequence[dict[str, Any]]) -> str:
     baselines = ", ".join(sorted({row["baseline"] for row in rows}))
-    return f"Baseline: {baselines}. Measured on {'; '.join(dict.fromkeys(found))}."
+    return f"Baseline: {baselines}. Measured on {_devices(rows)}."
 
 
 def hopper_section(rows: list[dict[str, Any]]) -> str:
@@ -201,7 +218,7 @@ def hopper_section(rows: list[dict[str, Any]]) -> str:
     return (
         "## On Hopper\n\n"
         f"Matrix products of {', '.join(models)} against the vendor's library, in the time that the kernels take (1.00 is "
-        "equal,\nmore is faster). *bits*: every value equals the canonical tree over the leaves' own products. All rows:\n"
+        "equal,\nmore is faster): geometric mean, smallest, number of products. *bits*: every value equals the canonical tree over the leaves' own products. All rows:\n"
         "[docs/hopper.md](docs/hopper.md); on your own device: `tbik-jax bench`.\n\n"
         f"<!-- hopper -->\n{hopper(rows)}\n<!-- /hopper -->\n\n"
     )
@@ -232,11 +249,12 @@ def hopper_page(
             "",
             f"### {suite}",
             "",
-            "| model | product | tp | m | n | k | leaves | tree | dtype | ours | baseline | ratio | TFLOP/s | GB/s | bits |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| model | product | tp | m | n | k | leaves | tree | dtype | GPU | ours | baseline | ratio | TFLOP/s | GB/s | bits |",
+            "|---" * 16 + "|",
         ]
         for row in (row for row in rows if row["suite"] == suite):
             what = [str(row[key]) for key in ("model", "product", "tp", "m", "n", "k", "leaves", "tree", "dtype")]
+            what.append(gpu(row))
             bits = row["bits"] if row["bits"] == "equal" else f"{100 * row['bits']:.3g}% differ"
             speeds = [f"{row['ratio']:.3f}", f"{row['ours_tflops']:.1f}", f"{row['ours_gbs']:.0f}", bits]
             lines.append(f"| {' | '.join([*what, *_times(row), *speeds])} |")
@@ -253,11 +271,11 @@ def stages(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         _measured_on(rows),
         "",
-        "| stage | pass | operand | dtype | ours | baseline | ratio | of copy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | pass | operand | dtype | GPU | ours | baseline | ratio | of copy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        what = [row["stage"], row["suite"], " x ".join(map(str, row["shape"])), row["dtype"]]
+        what = [row["stage"], row["suite"], " x ".join(map(str, row["shape"])), row["dtype"], gpu(row)]
         cells = [*what, *_times(row), f"{row['ratio']:.2f}", _of_copy(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -273,12 +291,12 @@ def attention(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         _measured_on(rows),
         "",
-        "| what | batch | keys | heads | dtype | ours | baseline | ratio | TFLOP/s | of copy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| what | batch | keys | heads | dtype | GPU | ours | baseline | ratio | TFLOP/s | of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         heads = f"{row['heads']} / {row['kv_heads']} of {row['head_dim']}"
-        what = [row["suite"], str(row["batch"]), str(row["keys"]), heads, row["dtype"]]
+        what = [row["suite"], str(row["batch"]), str(row["keys"]), heads, row["dtype"], gpu(row)]
         speed = f"{row['ours_tflops']:.0f}" if "ours_tflops" in row else "-"
         cells = [*what, *_times(row), f"{row['ratio']:.3f}", speed, _of_copy(row)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -87,8 +87,8 @@ def test_rows_of_a_hopper_gpu_become_a_section_and_a_page(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in [hopper_row(), *newer]), encoding="utf-8")
     with_section = module.written(text, path)
-    assert "| many tokens, bfloat16 | 8192 | more, balanced | 2 | 0.40 | 0.20 | 1 rows differ |" in with_section
-    assert "| many tokens, bfloat16 | 8192 | 1 | 1 | 1.00 | 1.00 | all equal |" in with_section
+    assert "| many tokens, bfloat16 | 8192 | more, balanced | 0.40, 0.20 (2) | 1 rows differ |" in with_section
+    assert "| many tokens, bfloat16 | 8192 | 1 | 1.00, 1.00 (1) | all equal |" in with_section
     assert with_section.index("## On Hopper") < with_section.index("## Limits")
     assert module.written(with_section, path) == with_section
     with pytest.raises(SystemExit, match=r"no hopper_matmul\.jsonl to write it from"):
