@@ -218,8 +218,9 @@ def hopper_section(rows: list[dict[str, Any]]) -> str:
     return (
         "## On Hopper\n\n"
         f"Matrix products of {', '.join(models)} against the vendor's library, in the time that the kernels take (1.00 is "
-        "equal,\nmore is faster): geometric mean, smallest, number of products. *bits*: every value equals the canonical tree over the leaves' own products. All rows:\n"
-        "[docs/hopper.md](docs/hopper.md); on your own device: `tbik-jax bench`.\n\n"
+        "equal,\nmore is faster): geometric mean, smallest, number of products. *bits*: every value equals the\n"
+        "canonical tree over the leaves' own products. All rows: [docs/hopper.md](docs/hopper.md); on your own device:\n"
+        "`tbik-jax bench`.\n\n"
         f"<!-- hopper -->\n{hopper(rows)}\n<!-- /hopper -->\n\n"
     )
 
@@ -249,7 +250,8 @@ def hopper_page(
             "",
             f"### {suite}",
             "",
-            "| model | product | tp | m | n | k | leaves | tree | dtype | GPU | ours | baseline | ratio | TFLOP/s | GB/s | bits |",
+            "| model | product | tp | m | n | k | leaves | tree | dtype | GPU | ours | baseline | ratio | TFLOP/s | GB/s |"
+            " bits |",
             "|---" * 16 + "|",
         ]
         for row in (row for row in rows if row["suite"] == suite):

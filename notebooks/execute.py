@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -52,6 +53,20 @@ def local_paths(notebook: nbformat.NotebookNode) -> list[str]:
     return sorted(folder for folder in folders if json.dumps(folder)[1:-1] in outputs)
 
 
+def run(path: Path, timeout: int, write: bool) -> tuple[Path, float, str]:
+    """How long it took, and what was wrong, if anything."""
+    start, problem = time.monotonic(), ""
+    try:
+        notebook = execute(path, timeout)
+        if write and (found := local_paths(notebook)):
+            problem = f"not written, its outputs name folders of this machine: {', '.join(found)}"
+        elif write:
+            nbformat.write(notebook, path)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        problem = str(error).rstrip()
+    return path, time.monotonic() - start, problem
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Execute the notebooks of this folder from a clean state.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all)")
@@ -66,22 +81,13 @@ def main() -> int:
         parser.error(f"no such notebook: {', '.join(absent)}")
 
     failed = 0
-    for path in paths:
-        start = time.monotonic()
-        problem = ""
-        try:
-            notebook = execute(path, arguments.timeout)
-            if arguments.write and (found := local_paths(notebook)):
-                problem = f"not written, its outputs name folders of this machine: {', '.join(found)}"
-            elif arguments.write:
-                nbformat.write(notebook, path)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            problem = str(error).rstrip()
-        failed += bool(problem)
-        seconds = time.monotonic() - start
-        print(f"{'FAILED' if problem else 'ok':6}  {seconds:6.1f} s  {path.name}", flush=True)
-        if problem:
-            print(problem, flush=True)
+    # A kernel is a process of its own; two at a time keep two cores at work, which one seldom does.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for path, seconds, problem in pool.map(lambda path: run(path, arguments.timeout, arguments.write), paths):
+            failed += bool(problem)
+            print(f"{'FAILED' if problem else 'ok':6}  {seconds:6.1f} s  {path.name}", flush=True)
+            if problem:
+                print(problem, flush=True)
     print(f"{len(paths) - failed} passed, {failed} failed")
     return 1 if failed else 0
 

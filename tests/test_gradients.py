@@ -147,6 +147,7 @@ def test_algorithms(algorithm):
     assert_bitwise_equal(on_mesh(4, leaves=8, contract=contract, algorithm=algorithm), want)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_in_float32_lose_less():
     contract = Contract()
     _, wide = on_mesh(2, leaves=8, contract=contract, dtype="bfloat16", dtype_of_gradients="float32")
@@ -155,6 +156,7 @@ def test_bfloat16_gradients_in_float32_lose_less():
     assert_bitwise_equal(jax.tree.map(lambda g: g.astype(jnp.bfloat16), wide), narrow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_slices_for_sharded_parameters(ranks):
     """What a rank keeps of a gradient is its slice of the whole one."""

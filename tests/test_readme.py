@@ -122,8 +122,8 @@ def test_stages_and_attention_have_tables_on_the_page():
         "dtype": "bfloat16", "baseline": "cuDNN", "ours_tflops": 500.4, **common,
     }  # fmt: skip
     page = module.hopper_page([hopper_row()], [stage], [attention])
-    assert "| norm | forward | 64 x 4096 | bfloat16 | 20.0 (19.0 to 21.0) | 10.0 | 0.50 | 0.90, 0.80 |" in page
-    assert "| backward | 2 | 8192 | 32 / 8 of 128 | bfloat16 | 20.0 | 10.0 | 0.500 | 500 | - |" in page
+    assert "| norm | forward | 64 x 4096 | bfloat16 | H100 | 20.0 (19.0 to 21.0) | 10.0 | 0.50 | 0.90, 0.80 |" in page
+    assert "| backward | 2 | 8192 | 32 / 8 of 128 | bfloat16 | H100 | 20.0 | 10.0 | 0.500 | 500 | - |" in page
     assert "Baseline: cuDNN. Measured on NVIDIA H100, jax 0.11.2, commit abc." in page
     without = module.hopper_page([hopper_row()])
     assert "## Attention" not in without and "## Stages" not in without

@@ -131,7 +131,7 @@ ROW_SPECS = (P("tp"), P("tp"), P())
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("where", ["inside", pytest.param("outside", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "ranks, m, dtype",
     [(1, 3, "float32"), (2, 8, "float32"), (3, 1, "float32"), (4, 3, "bfloat16"), (5, 8, "float32")]
@@ -629,7 +629,7 @@ def test_twin_plain_projections_side_by_side_are_others(rng):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("rows", [3, pytest.param(70, marks=pytest.mark.slow)])
 def test_gated_projections_are_the_stages_one_by_one(rng, rows, packed, biased, dtype):
     x = jnp.asarray(3 * rng.standard_normal((2, rows, 333)), dtype)
     w = [jnp.asarray(rng.standard_normal((33, 333)), dtype) for _ in range(2)]

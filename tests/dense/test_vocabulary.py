@@ -185,14 +185,16 @@ def sharded(f: Any, ranks: int, in_specs: Any, out_specs: Any, check_vma: bool =
     "size, ranks, m, dtype",
     [
         (259, 1, 3, "float32"),
-        (259, 2, 8, "bfloat16"),
+        pytest.param(259, 2, 8, "bfloat16", marks=pytest.mark.slow),
         (263, 3, 3, "float32"),
-        (259, 4, 1, "float32"),
-        (259, 5, 8, "float32"),
+        pytest.param(259, 4, 1, "float32", marks=pytest.mark.slow),
+        pytest.param(259, 5, 8, "float32", marks=pytest.mark.slow),
         (263, 6, 3, "bfloat16"),
-        (263, 7, 8, "float32"),
+        pytest.param(263, 7, 8, "float32", marks=pytest.mark.slow),
         (256, 8, 3, "float32"),
-        (9, 7, 3, "float32"),  # leaves of two entries: the last three are empty, and so is one rank
+        pytest.param(
+            9, 7, 3, "float32", marks=pytest.mark.slow
+        ),  # leaves of two entries: the last three are empty, and so is one rank
         (5, 3, 8, "float32"),  # fewer entries than the contract has leaves
     ],
 )

@@ -153,6 +153,7 @@ class Attention:
         around = [block + step for block in range(0, length, 128) for step in (-1, 0, 1, -chunk, 1 - chunk)]
         return sorted({min(max(0, start), length - chunk) for start in (*around, 300, length)})
 
+    @pytest.mark.slow
     @pytest.mark.invariance
     def test_the_caches_length_and_what_it_holds_behind_cannot_be_seen(self, rng):
         """Up to 19 blocks of 64: more than 16 are added in a loop."""
@@ -179,6 +180,7 @@ class Attention:
         for rows in (slice(0, 1), slice(3, 4), slice(16, 17), slice(2, 5), slice(0, 16)):
             assert_bitwise_equal(run(q[rows], k[rows], v[rows], positions[rows]), together[rows], f"sequences {rows}")
 
+    @pytest.mark.slow
     @pytest.mark.invariance
     @pytest.mark.parametrize("queries", [1, 9, 41])
     def test_heads_do_not_see_each_other(self, rng, queries):
@@ -203,6 +205,7 @@ class Attention:
         for t in (0, 7, 40):
             assert_bitwise_equal(run(q[:, t : t + 1], k, v, positions[:, t : t + 1]), whole[:, t : t + 1], f"query {t}")
 
+    @pytest.mark.slow
     @pytest.mark.invariance
     def test_queries_come_in_any_order(self, rng):
         q, k, v, positions = self.draw(rng, 2, self.long)
@@ -212,6 +215,7 @@ class Attention:
         got = run(np.take_along_axis(q, order[:, :, None, None], axis=1), k, v, order)
         assert_bitwise_equal(got, np.take_along_axis(whole, order[:, :, None, None], axis=1))
 
+    @pytest.mark.slow
     @pytest.mark.invariance
     @pytest.mark.parametrize("page", [8, 16, 64, 128, 256])
     def test_pages_cannot_be_seen(self, rng, page):

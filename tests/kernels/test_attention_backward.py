@@ -134,6 +134,7 @@ def test_heads_do_not_see_each_other(rng, dtype):
     assert_bitwise_equal(run_with(64, kv_head_of=of)(dy, q, k, v, positions), (dq, dk, dv), "groups by kv_head_of")
 
 
+@pytest.mark.slow
 @pytest.mark.invariance
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_padding_and_the_rest_of_the_cache_cannot_be_seen(rng, dtype):
@@ -158,6 +159,7 @@ def test_padding_and_the_rest_of_the_cache_cannot_be_seen(rng, dtype):
         assert not np.asarray(dk)[:, :, queries:].any() and not np.asarray(dv)[:, :, queries:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.invariance
 def test_queries_stand_in_blocks_by_position(rng):
     """Queries without a gradient may be there or not: a chunk's own gradients do not depend on where it was cut."""

@@ -6,6 +6,7 @@ Everything runs in the family of this machine; on a CPU also as the programs of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -208,6 +209,17 @@ def test_the_gradient_of_a_norms_scale_is_a_fixed_tree_over_rows(rng, family):
     assert_bitwise_equal(gradient, rows[0])
 
 
+def pulled(f: Callable[..., Any], dy: Any, *values: Any) -> tuple[Any, Any]:
+    """``f`` and its gradients, as one program."""
+
+    @jax.jit
+    def run(dy, *values):
+        y, pull = jax.vjp(f, *values)
+        return y, pull(dy)
+
+    return run(dy, *values)
+
+
 @pytest.mark.invariance
 @every_dtype
 @pytest.mark.parametrize("shape", [(5, 33), (2, 9, 64)])
@@ -220,12 +232,13 @@ def test_the_residual_sum_and_its_norm_in_one_step(rng, dtype, shape):
         total = add(x, y)
         return total, rms_norm(total, scale, eps=EPS)
 
-    (total, normal), pull = jax.vjp(lambda *v: add_rms_norm(*v, eps=EPS), x, y, scale)
-    assert_bitwise_equal((total, normal), apart(x, y, scale), "forward")
+    one_step = partial(add_rms_norm, eps=EPS)
+    (total, normal), gradients = pulled(one_step, (dtotal, dnormal), x, y, scale)
+    assert_bitwise_equal((total, normal), jax.jit(apart)(x, y, scale), "forward")
     assert_bitwise_equal(total, (x.astype(np.float32) + y.astype(np.float32)).astype(dtype), "the sum")
-    through_norm, dscale = jax.vjp(lambda *v: rms_norm(*v, eps=EPS), total, scale)[1](dnormal)
+    _, (through_norm, dscale) = pulled(partial(rms_norm, eps=EPS), dnormal, total, scale)
     dx = (np.asarray(through_norm).astype(np.float32) + dtotal.astype(np.float32)).astype(dtype)
-    assert_bitwise_equal(pull((dtotal, dnormal)), (dx, dx, dscale), "backward")
+    assert_bitwise_equal(gradients, (dx, dx, dscale), "backward")
 
 
 @pytest.mark.invariance
@@ -236,12 +249,11 @@ def test_heads_normalised_and_turned_in_one_step(rng, dtype, heads, d):
     scales = [rng.standard_normal(d).astype(dtype) for _ in range(2)]
     angle = rng.uniform(0, 100, (2, 9, d // 2))
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    (y, z), pull = jax.vjp(lambda *v: norm_rope(*v, cos, sin, eps=EPS), q, k, *scales)
-    gradients = pull((dq, dk))
+    (y, z), gradients = pulled(lambda *v: norm_rope(*v, cos, sin, eps=EPS), (dq, dk), q, k, *scales)
     for i, (x, dx, got) in enumerate(((q, dq, y), (k, dk, z))):
-        want, pull_apart = jax.vjp(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), x, scales[i])
+        want, apart = pulled(lambda x, scale: rope(rms_norm(x, scale, eps=EPS), cos, sin), dx, x, scales[i])
         assert_bitwise_equal(got, want, "forward")
-        assert_bitwise_equal((gradients[i], gradients[2 + i]), pull_apart(dx), "backward")
+        assert_bitwise_equal((gradients[i], gradients[2 + i]), apart, "backward")
 
 
 @pytest.mark.invariance

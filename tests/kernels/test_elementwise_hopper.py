@@ -32,6 +32,9 @@ from tbik_jax.tree import schedule
 from tests.kernels import families, simt_numpy
 from tests.meshes import columns_by_slot, mesh_of
 
+#: In NumPy, whose bits no version of JAX changes.
+pytestmark = pytest.mark.slow
+
 f32, EPS = np.float32, 1e-5
 DTYPES = ("bfloat16", "float16", "float32")
 

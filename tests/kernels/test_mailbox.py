@@ -19,7 +19,7 @@ from tbik_jax.testing import assert_bitwise_equal
 from tbik_jax.tree import schedule
 from tests.kernels import simt_numpy
 
-pytestmark = pytest.mark.invariance
+pytestmark = [pytest.mark.invariance, pytest.mark.slow]
 
 TREES = [Tree(8), Tree(8, (8,)), Tree(8, (4, 2)), Tree(6), Tree(5, (5,))]
 EPS = 1e-6

@@ -37,6 +37,7 @@ def test_every_mesh(want, tp, dp):
     assert_bitwise_equal(generator(tp=tp, dp=dp, pack=False).score(PROMPTS), want, f"logits on dp {dp} x tp {tp}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp, unroll", [(3, True), pytest.param(8, False, marks=pytest.mark.slow)])
 def test_layers_apart(want, tp, unroll):
     """Arrays for each layer, as GPUs like them, or a stack: no bit depends on it. Nor on devices that are not there."""
@@ -84,6 +85,7 @@ def test_generation_has_the_logits_of_a_forward(generated):
         assert_bitwise_equal(g.logits, logits[len(g.prompt) - 1 : -1], "logits of the steps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp, dp", [(3, 1), (2, 3)])
 def test_generation_on_other_meshes(generated, tp, dp):
     found = generator(tp=tp, dp=dp).generate(PROMPTS, NEW, SAMPLING, with_logits=True)
@@ -111,6 +113,7 @@ def test_decoding_alone(want):
     assert_bitwise_equal(generator(tp=3).score_in_chunks([PROMPTS[2]], 1), [want[2]], "prompt 2 alone")
 
 
+@pytest.mark.slow
 def test_generation_beside_other_requests(generated):
     found = generator(tp=3).generate([PROMPTS[i] for i in ORDER], NEW, SAMPLING, seeds=ORDER, with_logits=True)
     assert [g.tokens for g in found] == [generated[i].tokens for i in ORDER]

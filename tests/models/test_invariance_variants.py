@@ -33,6 +33,7 @@ EIGHT_HEADS = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=4)
 # Exchanges and dtypes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [name for name in get_args(Algorithm) if name not in ("auto", "direct")])
 def test_every_collective(algorithm):
     want = generator(EIGHT_HEADS, 1, numerics=INVARIANT, pack=False).score(PROMPTS)
@@ -100,6 +101,7 @@ QWEN3 = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_qwen3_on_up_to_sixteen_ranks_with_an_untied_head_and_a_ragged_vocabulary():
     numerics = Numerics.invariant(Contract(leaves=16))
     want = generator(QWEN3, numerics=numerics).score(PROMPTS)
@@ -157,6 +159,7 @@ KV_HEADS = {f"self_attn.{part}_proj.{kind}" for part in "kv" for kind in ("weigh
 MLP = {f"mlp.{part}" for part in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tp, pack, hit", [(3, False, HEADS | KV_HEADS), (3, True, HEADS | KV_HEADS), (5, False, KV_HEADS)]
 )
