@@ -66,7 +66,8 @@ def adamw(
     State and updates are f32, whatever the dtype of parameters and gradients.
 
     Guarantee: an element depends on its gradient, moments and parameter alone: not on the shape, the sharding, or what XLA
-    fuses around it. On CPUs; on GPUs, whose roots and reciprocals are what XLA makes of them, it was not tested.
+    fuses around it. On Hopper GPUs roots and reciprocals are approximations of the device's; an H200 gave pieces, other shapes
+    and single operations the same bits.
 
     Raises:
         ValueError: settings out of range; gradients, state and parameters that are not alike; all listed.
