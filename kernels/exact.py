@@ -41,11 +41,7 @@ def product(a: Array | float, b: Array | float) -> Array:
 
 @partial(jax.jit, inline=True)
 def reciprocal(x: Array) -> Array:
-    """``1 / x``, the same inside ``jit`` and outside.
-
-    Outside, JAX passes the 1 at run time, and a GPU divides; where the 1 is a constant, it takes its reciprocal instruction, a
-    unit in the last place away.
-    """
+    """``1 / x`` of a 1 that is constant outside of ``jit`` too, where JAX would pass it as an array: a GPU may divide otherwise."""
     return 1.0 / x
 
 
