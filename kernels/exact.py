@@ -34,18 +34,18 @@ def rounded(x: Array) -> Array:
     return jnp.where(x == x, x, jnp.nan)
 
 
-def product(a: Array | float, b: Array | float) -> Array:
+def product(a: Array, b: Array | float) -> Array:
     """``a * b``, rounded before anyone adds to it."""
     return rounded(a * b)
 
 
 @partial(jax.jit, inline=True)
 def reciprocal(x: Array) -> Array:
-    """``1 / x`` of a 1 that is constant outside of ``jit`` too, where JAX would pass it as an array: a GPU may divide otherwise."""
+    """``1 / x``, the 1 constant outside of ``jit`` too, where JAX would pass an array: a GPU may divide otherwise."""
     return 1.0 / x
 
 
-def quotient(a: Array | float, b: Array) -> Array:
+def quotient(a: Array, b: Array) -> Array:
     """``a * (1 / b)``, both steps rounded.
 
     XLA makes this of ``a / b`` where it sees that b is broadcast, under ``jit`` alone, and not for a single element.

@@ -29,7 +29,7 @@ def drawn(rng: np.random.Generator, size: int = SIZE) -> tuple[Any, ...]:
 
 def three_steps(params: Any, *gradients: Any, **how: Any) -> Any:
     """With a schedule."""
-    optimizer = adamw(lambda count: quotient(1e-2, 1.0 + count), weight_decay=0.1, **how)
+    optimizer = adamw(lambda count: quotient(jnp.float32(1e-2), 1.0 + count), weight_decay=0.1, **how)
     state = optimizer.init(params)
     for g in gradients:
         updates, state = optimizer.update(g, state, params)
