@@ -543,8 +543,20 @@ def test_control_flow_in_the_interpreter(rng, interpreter, queries, page, tiles)
 
 @interpreted
 @pytest.mark.newest
-@pytest.mark.parametrize("last", [(62, 63), (64, 65), (126, 127), (128, 129), (190, 511), (575, 576)])
-@pytest.mark.parametrize("other", ["next", "far", "before"])
+@pytest.mark.parametrize(
+    "last, other",
+    [
+        ((62, 63), "next"),
+        ((62, 63), "before"),
+        ((64, 65), "far"),
+        ((126, 127), "next"),
+        ((128, 129), "far"),
+        ((128, 129), "before"),
+        ((190, 511), "next"),
+        ((190, 511), "before"),
+        ((575, 576), "far"),
+    ],
+)
 def test_queries_end_anywhere_in_the_interpreter(rng, interpreter, last, other):
     """The first warpgroup's queries end there in two sequences; the second one's are the next, or far, or come before."""
     q, k, v, _ = inputs(rng, 2, 770, 64, jnp.bfloat16, heads=KV_HEADS)

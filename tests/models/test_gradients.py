@@ -164,6 +164,7 @@ def on_one_device() -> dict[str, dict[str, np.ndarray]]:
     return trained(1, 1)
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh(on_one_device):
     assert_bitwise_equal(trained(3, 2), on_one_device)
 
