@@ -115,8 +115,7 @@ def digests() -> str:
             *(text.replace("1 digests", "1 digest") for text in counts),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest.values())
-    return "\n".join([*lines, "", f"{rows[-1]['dtype']}; {'; '.join(where)}."])
+    return "\n".join([*lines, "", f"{rows[-1]['dtype']}; {_devices(list(newest.values()))}."])
 
 
 def several_gpus() -> str:
@@ -145,10 +144,9 @@ def several_gpus() -> str:
     compared = [row["bits"] for row in rows if "bits" in row]
     apart = sum("bits" in row for row in rows if row["processes"] > 1)
     newest = [*models.values(), *collectives.values()]
-    where = dict.fromkeys(f"{row['device']}, jax {row['jax']}, commit {row['commit']}" for row in newest)
     equal = "all equal" if set(compared) == {"equal"} else "NOT all equal"
     return "\n".join(
-        [*lines, "", f"{len(compared)} comparisons of bits ({apart} over two processes), {equal}. {'; '.join(where)}."]
+        [*lines, "", f"{len(compared)} comparisons of bits ({apart} over two processes), {equal}. {_devices(newest)}."]
     )
 
 
@@ -188,8 +186,11 @@ def hopper(rows: list[dict[str, Any]]) -> str:
         cells = [f"{names.get(suite, suite.replace('-', ' '))}, {dtype}", str(tokens), leaves]
         for device in devices:
             ratios = [row["ratio"] for row in some if gpu(row) == device]
-            mean = math.exp(math.fsum(map(math.log, ratios)) / max(1, len(ratios)))
-            cells.append(f"{mean:.2f}, {min(ratios):.2f} ({len(ratios)})" if ratios else "-")
+            if not ratios:
+                cells.append("-")
+                continue
+            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+            cells.append(f"{mean:.2f}, {min(ratios):.2f} ({len(ratios)})")
         equal = sum(row["bits"] == "equal" for row in some)
         cells.append("all equal" if equal == len(some) else f"{len(some) - equal} rows differ")
         lines.append(f"| {' | '.join(cells)} |")
