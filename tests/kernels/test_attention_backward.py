@@ -11,13 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.attention import attention
 from tbik_jax.kernels.attention import unfused_backward as cpu
+from tbik_jax.kernels.attention.hopper import attention_with_lse
 from tbik_jax.kernels.attention.hopper import backward as hopper
 from tbik_jax.testing import assert_bitwise_equal, bits
 
 HEADS, KV_HEADS = 6, 2
 GROUP = HEADS // KV_HEADS
+SETTINGS = [
+    hopper.Settings(folded=True, together=1),
+    hopper.Settings(folded=False),
+    hopper.Settings(kv_rows=64, dkv_turns=False, dq_turns=False),
+]
 
 on_the_card = pytest.mark.skipif(
     jax.default_backend() != "gpu", reason=f"needs a Hopper GPU; the default backend is {jax.default_backend()}"
@@ -291,9 +298,13 @@ def test_what_hopper_kernels_refuse(changes, error, message):
 
 @interpreted
 @pytest.mark.newest
-@pytest.mark.parametrize("dim, per_node", [(64, None), (128, 1)])
-def test_hopper_kernels_in_the_interpreter(rng, monkeypatch, dim, per_node):
+@pytest.mark.parametrize(
+    "dim, per_node, settings",
+    [(64, None, hopper.Settings(folded=True, together=1)), (128, 1, hopper.Settings(folded=False))],
+)
+def test_hopper_kernels_in_the_interpreter(rng, monkeypatch, dim, per_node, settings):
     """Control flow and masks; the bits of the interpreter's products are not the card's."""
+    monkeypatch.setattr(backend, "multiprocessors", lambda: 3)
     monkeypatch.setattr(hopper, "fma", lambda a, b, c, layout: a * b + c)  # the interpreter knows neither of these
     monkeypatch.setattr(
         hopper,
@@ -313,7 +324,7 @@ def test_hopper_kernels_in_the_interpreter(rng, monkeypatch, dim, per_node):
     lse = jax.nn.logsumexp(scores, axis=-1) * np.float32(np.log2(np.e))
     with plgpu.force_gpu_interpret_mode():
         dq, dk, dv = hopper.attention_backward(
-            dy, q, k, v, y, lse, offset=jnp.asarray(offset), scale=dim**-0.5, heads_per_node=per_node
+            dy, q, k, v, y, lse, offset=jnp.asarray(offset), scale=dim**-0.5, heads_per_node=per_node, settings=settings
         )
     if per_node:
         assert dk.shape == dv.shape == (2, KV_HEADS, GROUP, 210, dim) and dk.dtype == jnp.float32
@@ -333,6 +344,13 @@ def gradients_on_the_card(dy, q, k, v, positions):
     return jax.vjp(f, q, k, v)[1](dy)
 
 
+@partial(jax.jit, static_argnames="settings")
+def with_settings(dy, q, k, v, positions, settings):
+    scale = q.shape[-1] ** -0.5
+    y, lse = attention_with_lse(scale, q, k, v, positions)
+    return hopper.attention_backward(dy, q, k, v, y, lse, offset=positions[:, 0], scale=scale, settings=settings)
+
+
 @on_the_card
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim, dtype", [(128, "bfloat16"), (64, "bfloat16"), (128, "float16")])
@@ -349,6 +367,8 @@ def test_gradients_on_the_card(rng, dim, dtype):
         error = np.linalg.norm(np.asarray(got, np.float64) - right) / np.linalg.norm(right)
         assert error < (5e-3 if dtype == "bfloat16" else 8e-4)
     assert_bitwise_equal(gradients_on_the_card(dy, q, k, v, positions), want, "again")
+    for settings in SETTINGS:
+        assert_bitwise_equal(with_settings(dy, q, k, v, positions, settings), want, f"{settings}")
     alone = gradients_on_the_card(dy[1:2], q[1:2], k[1:2], v[1:2], positions[1:2])
     assert_bitwise_equal(alone, tuple(g[1:2] for g in want), "alone")
     heads = gradients_on_the_card(dy[:, :, GROUP:], q[:, :, GROUP:], k[:, 1:], v[:, 1:], positions)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tbik_jax._problems import Problems
+from tbik_jax.kernels import backend
 from tbik_jax.kernels.attention.hopper.formula import fma, full
 from tbik_jax.kernels.hopper.compat import load_whole
 from tbik_jax.kernels.operands import unsliced
@@ -54,6 +55,10 @@ class Settings:
         kv_rows: Keys per step of `dq`, 64 or 128. A chain of products does not see it.
         dkv_turns: The warpgroups of `dkv` take turns at the tensor cores.
         dq_turns: Those of `dq` do.
+        folded: A block of `dkv` owns 64 early keys and 64 late ones, so that all have the same work, of which one warpgroup does
+            most; else neighbours. None: where there is at most one block a multiprocessor.
+        together: So many KV heads are walked through before the next ones, whose queries and keys then have the L2 cache. 0: as
+            few as keep all multiprocessors at work.
     """
 
     q_stages: int = 2
@@ -61,6 +66,8 @@ class Settings:
     kv_rows: int = 128
     dkv_turns: bool = True
     dq_turns: bool = True
+    folded: bool | None = None
+    together: int = 0
 
 
 def attention_backward(
@@ -272,6 +279,21 @@ def _walk(low: Any, middle: Any, high: Any, first: Callable[..., Any], second: C
     return lax.fori_loop(middle, high, second, state)
 
 
+def _together(tiles: int, kv_heads: int, of_each: int, settings: Settings) -> int:
+    """Rows of tiles that are walked through together: ``of_each`` of every KV head, so many KV heads as divide them all."""
+    for count in range(1, kv_heads):
+        few = settings.together or 2 * backend.multiprocessors() / (tiles * of_each)
+        if kv_heads % count == 0 and count >= few:
+            return count * of_each
+    return kv_heads * of_each
+
+
+def _in_bands(item: Any, tiles: int, rows: int, together: int) -> tuple[Any, Any]:
+    """``(tile, row)`` of an item: tile by tile of ``together`` rows, then of the next ones."""
+    band, inside = lax.div(item, i32(tiles * together)), lax.rem(item, i32(tiles * together))
+    return lax.div(inside, i32(together)), band * together + lax.rem(inside, i32(together))
+
+
 # delta ---------------------------------------------------------------------------------------------------------------
 
 
@@ -329,8 +351,10 @@ def _dkv(
     group, dtype, stages = heads // kv_heads, q.dtype, settings.q_stages
     nodes = group // per_node
     out_dtype = dtype if nodes == 1 else jnp.float32
-    chains = batch * kv_heads * nodes
+    chains, tiles = batch * kv_heads * nodes, pl.cdiv(keys, 2 * ROWS)
     blocks = pl.cdiv(queries, ROWS)
+    folded = chains * tiles <= backend.multiprocessors() if settings.folded is None else settings.folded
+    together = _together(tiles, batch * kv_heads, nodes, settings)
 
     def kernel(q_gmem, k_gmem, v_gmem, dy_gmem, lse_gmem, delta_gmem, offset_gmem, dk_gmem, dv_gmem, *scratch):
         (
@@ -350,14 +374,23 @@ def _dkv(
         ) = scratch
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
         # The first keys are seen by most queries: the longest tiles first.
-        tile, chain = lax.div(item, i32(chains)), lax.rem(item, i32(chains))
+        tile, chain = _in_bands(item, tiles, chains, together)
         kv, node = lax.div(chain, i32(nodes)), lax.rem(chain, i32(nodes))
         row, kv = lax.div(kv, i32(kv_heads)), lax.rem(kv, i32(kv_heads))
         first_head = kv * group + node * per_node
-        first_key = tile * (2 * ROWS)
         first_query = offset_gmem[row]
-        start = jnp.minimum(lax.div(jnp.maximum(first_key - first_query, 0), i32(ROWS)), blocks)
-        steps = blocks - start  # per head
+
+        def first_key_of(wg):
+            if folded:
+                return jnp.where(wg == 0, tile, 2 * tiles - 1 - tile) * ROWS
+            return tile * (2 * ROWS) + wg * ROWS
+
+        def steps_of(wg):
+            """Blocks of queries, per head, some of which see some of the warpgroup's keys."""
+            before = lax.div(jnp.maximum(first_key_of(wg) - first_query, 0), i32(ROWS))
+            return blocks - jnp.minimum(before, blocks)
+
+        steps = steps_of(i32(0))
 
         @pl.when(wg < 2)
         def _():
@@ -365,7 +398,7 @@ def _dkv(
             turns = _Turns(turn, wg, settings.dkv_turns)
             mine = pl.ds(wg * ROWS, ROWS)
             k_mine, v_mine = k_smem.at[mine], v_smem.at[mine]
-            key = first_key + wg * ROWS
+            key = first_key_of(wg)
             plgpu.barrier_wait(kv_full)
             turns.begin()
 
@@ -400,7 +433,22 @@ def _dkv(
                 # Queries before this block do not see every key of this warpgroup.
                 whole = lax.div(jnp.maximum(key + (ROWS - 1) - first_query, 0) + (ROWS - 1), i32(ROWS))
                 wholly, partly = (functools.partial(step, masked=masked) for masked in (False, True))
-                return _walk(i32(0), blocks - whole, steps, wholly, partly, sums)
+
+                def without(index, _):
+                    """Queries for the other warpgroup alone."""
+                    slot = lax.rem(number * steps + index, i32(stages))
+                    plgpu.barrier_wait(q_full.at[slot])
+                    plgpu.barrier_wait(dy_full.at[slot])
+                    turns.swap()
+                    turns.swap()
+                    plgpu.barrier_arrive(dy_free.at[slot])
+                    plgpu.barrier_arrive(q_free.at[slot])
+                    return _
+
+                mine = steps_of(wg)
+                sums = _walk(i32(0), blocks - whole, mine, wholly, partly, sums)
+                lax.fori_loop(mine, steps, without, None)
+                return sums
 
             dv, dk = lax.fori_loop(0, per_node, head, (_zeros(ROWS, dim), _zeros(ROWS, dim)))
             turns.end()
@@ -415,7 +463,9 @@ def _dkv(
         def _():
             plgpu.set_max_registers(24, action="decrease")
             for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
-                plgpu.copy_gmem_to_smem(gmem.at[row, kv, pl.ds(first_key, 2 * ROWS)], smem, kv_full)
+                for half in range(2):
+                    of = gmem.at[row, kv, pl.ds(first_key_of(i32(half)), ROWS)]
+                    plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(half * ROWS, ROWS)], kv_full)
 
             streams = (
                 (q_gmem, lse_gmem, q_smem, lse_smem, q_full, q_free),
@@ -443,7 +493,7 @@ def _dkv(
             _tile(out_dtype, 2, ROWS, dim),
             plgpu.SMEM((stages, ROWS), jnp.float32),
             plgpu.SMEM((stages, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -456,7 +506,7 @@ def _dkv(
     return plgpu.kernel(
         entry,
         out_type=(out, out),
-        grid=(chains * pl.cdiv(keys, 2 * ROWS),),
+        grid=(chains * tiles,),
         kernel_name="attention_dkv",
         grid_names=("item",),
         num_threads=3,
@@ -484,12 +534,14 @@ def _dq(
     kv_heads = k.shape[1]
     group, dtype, stages, kv_rows = heads // kv_heads, q.dtype, settings.kv_stages, settings.kv_rows
     tiles, rows = pl.cdiv(queries, 2 * ROWS), batch * heads
+    together = _together(tiles, batch * kv_heads, group, settings)
 
     def kernel(q_gmem, k_gmem, v_gmem, dy_gmem, lse_gmem, delta_gmem, offset_gmem, dq_gmem, *scratch):
         q_smem, dy_smem, k_smem, v_smem, lse_smem, delta_smem, full, k_full, v_full, k_free, v_free, turn = scratch
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
-        tile = tiles - 1 - lax.div(item, i32(rows))  # the last queries see most keys: the longest tiles first
-        row, head = lax.div(lax.rem(item, i32(rows)), i32(heads)), lax.rem(item, i32(heads))
+        tile, row = _in_bands(item, tiles, rows, together)
+        tile = tiles - 1 - tile  # the last queries see most keys: the longest tiles first
+        row, head = lax.div(row, i32(heads)), lax.rem(row, i32(heads))
         first = tile * (2 * ROWS)
         first_query = offset_gmem[row]
         last = first_query + jnp.minimum(first + 2 * ROWS, queries) - 1
