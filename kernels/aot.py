@@ -327,11 +327,14 @@ _STAGES = {
     "swiglu": (12288,),
     "swiglu-gradients": (12288,),
     "log-sum-exp": (16032, 18992, 4001),
+    "log-sum-exp-gradient": (4096, 151936),
+    "cross-entropy-gradient": (4096, 151936, 18993),
+    "log-softmax-gradient": (4096, 151936),
 }
 
 
 def _stage(name: str, width: int) -> Case:
-    from tbik_jax.kernels.hopper import maps, norms, sums
+    from tbik_jax.kernels.hopper import maps, norms, softmax, sums
 
     def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
         return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
@@ -346,6 +349,10 @@ def _stage(name: str, width: int) -> Case:
     def few_gradients(x: jax.Array, dy: jax.Array, scale: jax.Array) -> Any:
         return norms.rms_norm_gradients(x[:64], scale, dy[:64], 1e-6)
 
+    def log_softmax_gradient(y: jax.Array, dy: jax.Array, total: jax.Array) -> jax.Array:
+        return softmax.log_softmax_gradient(y, dy, total, dtype=y.dtype)
+
+    logits, of_rows, label = ((1024, width), "float32"), ((1024,), "float32"), ((1024,), "int32")
     rows: Shape = ((8192, width), "bfloat16")
     scale: Shape = ((width,), "bfloat16")
     heads, kv_heads = ((8192, 32, width), "bfloat16"), ((8192, 8, width), "bfloat16")
@@ -364,6 +371,9 @@ def _stage(name: str, width: int) -> Case:
         "swiglu": (maps.swiglu, (rows, rows)),
         "swiglu-gradients": (maps.swiglu_gradients, (rows, rows, rows)),
         "log-sum-exp": (sums.leaf_exp_sums, (((1024, 8, width), "float32"),)),
+        "log-sum-exp-gradient": (softmax.log_sum_exp_gradient, (logits, of_rows, of_rows)),
+        "cross-entropy-gradient": (softmax.cross_entropy_gradient, (logits, of_rows, of_rows, label, label)),
+        "log-softmax-gradient": (log_softmax_gradient, (logits, logits, of_rows)),
     }
     return stages[name]
 

@@ -26,12 +26,12 @@ TOKENS = 16
 #: Head sizes of which a thread holds both halves of its pairs.
 ROTATED = (64, 128, 256)
 LARGEST = 16384
-#: Up to so many rows arrays share a launch, which costs registers; more rows fill the device by themselves.
-_FEW = 16384
+#: Heads of a token that a thread normalises and rotates by the same angles, and up to how many rows only one of them.
+_HEADS, _FEW = 4, 16384
 #: Blocks of threads with 16 rows in turn, up to which every row has threads of its own and tokens are added behind instead.
 _ALONE = 32
 #: Shared memory of a thread, in 16 bytes: what leaves room for four blocks a multiprocessor, and what there is.
-_AHEAD, _MOST_SLOTS = 24, 96
+_AHEAD, _MOST_SLOTS = 25, 96
 #: Threads side by side when nodes are added; the others' nodes follow on each other, each thread's up to so often 16.
 _ACROSS, _MOST_ROUNDS = 4, 4
 
@@ -66,14 +66,17 @@ def rms_norm_rope(
     if not cos.size:
         return tuple(xs)
     heads = tuple(x.shape[-2] for x in xs)
-    if len(xs) > 1 and math.prod(leading) * sum(heads) > _FEW:
+    few = math.prod(leading) * sum(heads) <= _FEW
+    if any(len({x.dtype for x in arrays}) > 1 for arrays in (xs, scales)):
         return tuple(
             y for x, scale in zip(xs, scales, strict=True) for y in rms_norm_rope((x,), (scale,), cos, sin, eps)
         )
-    program = partial(_forward_rotated, tokens=math.prod(leading), heads=heads, d=d, eps=eps)
-    blocks = sum(_blocks_of(math.prod(leading) * count, d) for count in heads)
+    groups = tuple(count if few else -(-count // _HEADS) for count in heads)
+    program = partial(_forward_rotated, tokens=math.prod(leading), heads=heads, groups=groups, d=d, eps=eps)
+    blocks = sum(_blocks_of(math.prod(leading) * count, d) for count in groups)
     out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs)
-    return tuple(simt.launch(program, blocks, (*xs, *scales, cos, sin), out))
+    slots = len(_columns_of(d)) * _slots(xs[0]) * max(-(-a // b) for a, b in zip(heads, groups, strict=True))
+    return tuple(simt.launch(program, blocks, (*xs, *scales, cos, sin), out, slots=slots))
 
 
 def _blocks_of(rows: int, d: int) -> int:
@@ -165,7 +168,11 @@ def _gradients(
     chain = TOKENS if many else 1
     nodes = [(each.leaves, each.blocks(together * TOKENS) if many else each.rows) for each in of]
     stage = len(_columns_of(d)) * sum(_slots(array) for array in (xs[0], dys[0], *besides))
-    stages = max(1, min(_AHEAD // stage, 3), 2 * (2 * stage <= _MOST_SLOTS)) if many else 1
+    # Behind the rows lie a token's angles, and the scale if there is room for it.
+    of_angles, of_scale = 2 * len(_columns_of(d)) * bool(tables) * many, _slots_of_scale(d)
+    shared = many and 2 * stage + of_angles + of_scale <= _AHEAD
+    behind = of_angles + of_scale * shared
+    stages = max(1, min((_AHEAD - behind) // stage, 3), 2 * (2 * stage + behind <= _MOST_SLOTS)) if many else 1
     program = partial(
         _backward,
         of=of,
@@ -174,19 +181,26 @@ def _gradients(
         eps=eps,
         chain=chain,
         stages=stages,
+        shared=shared,
         turned=bool(tables),
         beside=bool(besides),
     )
     sums = sum(leaves * count for leaves, count in nodes)
     out = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs), jax.ShapeDtypeStruct((sums, d), jnp.float32)]
-    slots = max(stages * stage, 2 * len(_columns_of(d)))
+    slots = max(stages * stage + behind, 2 * len(_columns_of(d)))
     given = (*xs, *scales, *dys, *tables, *besides)
     *dxs, parts = simt.launch(program, all_blocks(chain), given, tuple(out), shared=_exchanged(d, 2), slots=slots)
     return dxs, _sums(parts, nodes, dtype, in_order=not many)
 
 
 def _slots(x: Array) -> int:
+    """Of a chunk."""
     return CHUNK * x.dtype.itemsize // 16
+
+
+def _slots_of_scale(d: int) -> int:
+    """In f32, which the rows of a block share."""
+    return -(-2 * len(_columns_of(d)) * lanes(d) // simt.THREADS)
 
 
 def _sums(parts: Array, of: Sequence[tuple[int, int]], dtype: Any, in_order: bool) -> list[Array]:
@@ -302,40 +316,52 @@ def _normals(m: Any, chunks: Any, scales: Any, count: int, mean: float, eps: flo
     ]
 
 
-def _forward_rotated(m: Any, *refs: Any, tokens: int, heads: tuple[int, ...], d: int, eps: float) -> None:
-    """A thread has both elements of every pair, and the angles of the first half's chunks. Each array has blocks of its own."""
+def _forward_rotated(
+    m: Any, *refs: Any, tokens: int, heads: tuple[int, ...], groups: tuple[int, ...], d: int, eps: float
+) -> None:
+    """A thread has both elements of every pair, and the angles of the first half's chunks, for every ``groups``-th head.
+
+    Each array has blocks of its own.
+    """
     arrays = len(heads)
     xs, scales, (cos, sin), ys = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays : -arrays], refs[-arrays:]
     count = lanes(d)
     columns = [at for at, _ in _columns(m, d)]
     half = len(columns) // 2
-    rows, insides, first = [], [], 0
-    for of_token in heads:
-        row = (m.block - first) * (simt.THREADS // count) + m.thread // count
-        rows.append(row)
-        insides.append((m.block * 0 - 1 < m.block - first) & (row < tokens * of_token))
-        first += _blocks_of(tokens * of_token, d)
 
-    def of_mine(loads: Sequence[list[Any]]) -> list[Any]:
-        found = loads[0]
-        for inside, values in zip(insides[1:], loads[1:], strict=True):
-            found = [m.select(inside, b, a) for a, b in zip(found, values, strict=True)]
-        return found
+    ends, places, first = [], [], 0
+    for of_token, strided in zip(heads, groups, strict=True):
+        item = (m.block - first) * (simt.THREADS // count) + m.thread // count
+        token = item // strided
+        places.append((item, token, item - token * strided, of_token, strided, tokens * strided))
+        first += _blocks_of(tokens * strided, d)
+        ends.append(first)
+    mine = partial(_of_mine, m, ends)
+    item, token, head, of_token, stride, items = (mine(values) for values in zip(*places, strict=True))
+    x, scale, y = (mine(values) for values in (xs, scales, ys))
+    inside, rows = item < items, []
+    for i in range(max(-(-a // b) for a, b in zip(heads, groups, strict=True))):
+        surely = all((i + 1) * strided <= of_token for of_token, strided in zip(heads, groups, strict=True))
+        rows.append((m.wide(token * of_token + head) * d, inside if surely else inside & (head < of_token)))
+        head = head + stride
 
-    def load(of: Sequence[Any], places: Sequence[Any]) -> list[Any]:
-        return of_mine([m.load(*one, CHUNK, inside) for *one, inside in zip(of, places, insides, strict=True)])
-
-    bases = [m.wide(row) * d for row in rows]
-    tables = [m.wide(row // of_token) * (d // 2) for row, of_token in zip(rows, heads, strict=True)]
-    chunks = [load(xs, [base + at for base in bases]) for at in columns]
-    factors = [load(scales, [m.wide(at)] * arrays) for at in columns]
-    angles = [[load([of] * arrays, [table + at for table in tables]) for of in (cos, sin)] for at in columns[:half]]
-    normals = [m.rounded(normal, ys[0]) for normal in _normals(m, chunks, factors, count, 1.0 / d, eps)]
-    for lower, upper, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
-        turned = [rotate(*pair) for pair in zip(lower, upper, c, s, strict=True)]
-        for y, base, inside in zip(ys, bases, insides, strict=True):
-            m.store(y, base + at, [a for a, _ in turned], inside)
-            m.store(y, base + at + d // 2, [b for _, b in turned], inside)
+    # All rows are on their way to shared memory at once: in registers they would leave room for few blocks.
+    slots = CHUNK * m.itemsize(x) // 16
+    for i, (base, where) in enumerate(rows):
+        for c, at in enumerate(columns):
+            m.fetch((i * len(columns) + c) * slots, x, base + at, CHUNK, where)
+        m.commit()
+    table = m.wide(token) * (d // 2)
+    angles = [[m.load(of, table + at, CHUNK, inside) for of in (cos, sin)] for at in columns[:half]]
+    factors = [m.load(scale, m.wide(at), CHUNK) for at in columns]
+    for i, (base, where) in enumerate(rows):
+        m.wait(len(rows) - 1 - i)
+        chunks = [m.kept((i * len(columns) + c) * slots, CHUNK, x) for c in range(len(columns))]
+        normals = [m.rounded(normal, y) for normal in _normals(m, chunks, factors, count, 1.0 / d, eps)]
+        for lower, upper, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
+            turned = [rotate(*pair) for pair in zip(lower, upper, c, s, strict=True)]
+            m.store(y, base + at, [a for a, _ in turned], where)
+            m.store(y, base + at + d // 2, [b for _, b in turned], where)
 
 
 def _of_mine(m: Any, ends: Sequence[int], values: Sequence[Any]) -> Any:
@@ -355,12 +381,14 @@ def _backward(
     eps: float,
     chain: int,
     stages: int,
+    shared: bool,
     turned: bool,
     beside: bool,
 ) -> None:
     """Every ``lanes`` threads take 16 rows one after another, and keep their part of the scale's gradient meanwhile.
 
-    The rows after this one are on their way to shared memory. Or they take one row (``chain``), and its part is all there is.
+    The rows after this one are on their way to shared memory. The angles of a token lie there too while its rows pass, and the
+    scale if it is ``shared``. Or they take one row (``chain``), and its part is all there is.
     """
     rest, arrays = list(refs), len(of)
     xs, scales, dys, tables, besides, dxs, (parts,) = (
@@ -405,6 +433,28 @@ def _backward(
         slot.append([units + c * size for c in numbers])
         units += size * len(columns)
 
+    def places_of_scale(c: int) -> list[tuple[int, Any]]:
+        """Slot and thread of both halves of a chunk."""
+        first = [(2 * c + half) * count for half in range(2)]
+        return [(stages * units + i // simt.THREADS, m.thread % count + i % simt.THREADS) for i in first]
+
+    def place_of_angles(table: int, pair: int) -> int:
+        """Slot of the cosines or the sines of a pair of chunks."""
+        return stages * units + _slots_of_scale(d) * shared + 2 * (table * half + pair)
+
+    def fetch_angles(i: Any, *, first: bool = False) -> None:
+        """If a row is the first of its token here."""
+        _, token, inside = place(i)
+        only = True
+        if not first:
+            inside = inside & (i < chain)
+            only = (mine([(start + i) % each.heads for each in of]) == 0) & (i < chain)
+        for table, ref in enumerate(tables):
+            for pair in range(half):
+                at = m.wide(token) * (d // 2) + columns[pair][0]
+                m.fetch(place_of_angles(table, pair), ref, at, CHUNK, inside, only)
+        m.commit()
+
     def fetch(i: Any, ahead: int) -> None:
         row, _, inside = place(i + ahead)
         stage = ((i + ahead) % stages) * units
@@ -417,7 +467,7 @@ def _backward(
 
     def one(i: Any, sums: list[Any]) -> list[Any]:
         fetch(i, stages - 1)
-        m.wait(stages - 1)
+        m.wait(min(1, stages - 1) if turned else stages - 1)
         row, token, inside = place(i)
         base = m.wide(row) * d
         stage = (i % stages) * units
@@ -426,15 +476,19 @@ def _backward(
             return m.kept(stage + slot[array][number], CHUNK, fetched[array])
 
         def load_scale(number: int) -> list[Any]:
-            at, where = columns[number]
-            return m.load(scale, m.wide(at), CHUNK, where, again=True)
+            if shared:
+                return [value for place in places_of_scale(number) for value in m.kept(place[0], 4, thread=place[1])]
+            return m.load(scale, m.wide(columns[number][0]), CHUNK, columns[number][1], again=True)
 
         along, squares = {}, {}
         for pair in groups:
             dys_here = [kept(1, c) for c in pair]
             if turned:
-                at = m.wide(token) * (d // 2) + columns[pair[0]][0]
-                angles = [m.load(table, at, CHUNK, inside) for table in tables]
+                if chain > 1:
+                    angles = [m.kept(place_of_angles(table, pair[0]), CHUNK) for table in range(2)]
+                else:
+                    at = m.wide(token) * (d // 2) + columns[pair[0]][0]
+                    angles = [m.load(table, at, CHUNK, inside) for table in tables]
                 both = [rotate(x1, x2, c, -s) for x1, x2, c, s in zip(*dys_here, *angles, strict=True)]
                 dys_here = [m.rounded([values[j] for values in both], dy) for j in range(2)]
                 for c, values in zip(pair, dys_here, strict=True):
@@ -462,10 +516,20 @@ def _backward(
                 gradient = [a + b for a, b in zip(kept(2, c), m.rounded(gradient, dx), strict=True)]
             at, where = columns[c]
             m.store(dx, base + at, gradient, inside & where)
+        if turned and chain > 1:
+            fetch_angles(i + 1)
         return after
 
     for i in range(stages - 1):
         fetch(0, i)
+    if turned and chain > 1:
+        fetch_angles(0, first=True)
+    if shared:
+        for c, (at, where) in enumerate(columns):
+            values = m.load(scale, m.wide(at), CHUNK, where)
+            for i, (number, thread) in enumerate(places_of_scale(c)):
+                m.keep(number, values[4 * i : 4 * i + 4], thread=thread)
+        m.barrier()
     zeros = [m.zero()] * (CHUNK * len(columns))
     if chain == 1:
         sums = one(0, zeros)

@@ -139,6 +139,9 @@ class Int:
             return self
         return Int(arith.andi(self.value, other.value))
 
+    def __or__(self, other: Int) -> Int:
+        return Int(arith.ori(self.value, other.value))
+
     __rand__ = __and__
 
 
@@ -161,7 +164,7 @@ class Float:
         return _ptx("sub.rn.f32 $0, $1, $2;", other, self)
 
     def __neg__(self) -> Float:
-        return Float(arith.negf(self.value))
+        return _ptx("neg.f32 $0, $1;", self)
 
     __rmul__, __radd__ = __mul__, __add__
 
@@ -271,6 +274,11 @@ class Machine(Arithmetic):
             )
         ]
 
+    def integer(self, ref: Any, index: Int) -> Int:
+        """``ref.flat[index]`` of int32."""
+        (word,) = _read(_address(ref, index), 4, True, 0.0, False)
+        return Int(word)
+
     def store(self, ref: Any, index: Int, values: Sequence[Float], where: Int | bool = True) -> list[Float]:
         """Round to the dtype of ``ref`` and write; the rounded values."""
         dtype, rounded = _dtype(ref), []
@@ -295,10 +303,12 @@ class Machine(Arithmetic):
 
     # Slots: 16 bytes of shared memory each, of this thread alone until a barrier ----------------------------------------
 
-    def fetch(self, slot: Int | int, ref: Any, index: Int, count: int, where: Int | bool = True) -> None:
+    def fetch(
+        self, slot: Int | int, ref: Any, index: Int, count: int, where: Int | bool = True, only: Int | bool = True
+    ) -> None:
         """Copy ``ref.flat[index : index + count]`` to as many slots as it fills, while the program goes on, until `wait`.
 
-        Zeros where ``where`` is false.
+        Zeros where ``where`` is false. Nothing changes where ``only`` is false.
         """
         size = 16 // _dtype(ref).itemsize
         assert count % size == 0
@@ -308,8 +318,13 @@ class Machine(Arithmetic):
             if isinstance(where, bool):
                 assert where
             else:
-                text += ", $2"
+                text += f", ${len(operands)}"
                 operands.append(arith.select(where.value, *(mgpu.utils.c(x, _i32()) for x in (16, 0))))
+            if isinstance(only, bool):
+                assert only
+            else:
+                text = f"@${len(operands)} {text}"
+                operands.append(only.value)
             mgpu.utils.inline_ptx(text + ";", *operands, has_side_effects=True)
 
     def commit(self) -> None:
@@ -320,13 +335,14 @@ class Machine(Arithmetic):
         """Until no more than so many of this thread's last groups are on their way."""
         mgpu.utils.inline_ptx(f"cp.async.wait_group {pending};", has_side_effects=True)
 
-    def keep(self, slot: Int | int, values: Sequence[Float], ref: Any = None) -> None:
-        """Round to the dtype of ``ref``, f32 without it, and put in as many slots as that fills."""
+    def keep(self, slot: Int | int, values: Sequence[Float], ref: Any = None, thread: Int | None = None) -> None:
+        """Round to the dtype of ``ref``, f32 without it, and put in as many slots as that fills; in those of another thread,
+        too, if everybody who does puts the same."""
         dtype = jnp.dtype(jnp.float32) if ref is None else _dtype(ref)
         size = 16 // dtype.itemsize
         for piece in range(len(values) // size):
             words = _pack(values[piece * size : (piece + 1) * size], dtype)
-            address = self._slot(slot + piece, self.thread).value
+            address = self._slot(slot + piece, self.thread if thread is None else thread).value
             mgpu.utils.inline_ptx(f"st.shared.v4.b32 [$4], {_braced(4)};", *words, address, has_side_effects=True)
 
     def kept(self, slot: Int | int, count: int, ref: Any = None, thread: Int | None = None) -> list[Float]:

@@ -65,6 +65,11 @@ class Vocabulary:
     def local_size(self) -> int:
         return self.plan.slots * self.width
 
+    @property
+    def all_held(self) -> bool:
+        """Whether all local entries of all ranks are in the vocabulary."""
+        return self.local_size * self.plan.ranks == self.size
+
     def local_entries(self) -> tuple[Array, Array]:
         """``(first, held)``: this rank's first entry, and how many of its local entries are in the vocabulary."""
         starts = jnp.array([r.start * self.width for r in self.plan.ranges])
@@ -162,7 +167,7 @@ def logits(x: Array, table: Array | PackedWeight, vocabulary: Vocabulary) -> Arr
 def mask_logits(logits: Array, vocabulary: Vocabulary) -> Array:
     """-inf where a local entry is no token: behind the vocabulary's end, or in a slot that this rank does not hold."""
     vocabulary.check("dense.mask_logits", "logits", logits.shape[-1])
-    if vocabulary.plan.slots * vocabulary.plan.ranks * vocabulary.width == vocabulary.size:
+    if vocabulary.all_held:
         return logits
     _, held = vocabulary.local_entries()
     return jnp.where(jnp.arange(logits.shape[-1]) < held, logits, -jnp.inf)
@@ -193,7 +198,7 @@ def log_sum_exp(logits: Array, vocabulary: Vocabulary) -> Array:
     leaves. On Hopper logits are read once: the sum of a leaf is relative to its own maximum, and brought to that of all
     leaves after.
 
-    Guarantee: as :func:`log_softmax`. The gradient is ``softmax * dy``, elementwise.
+    Guarantee: as :func:`log_softmax`. The gradient is ``softmax * dy``, elementwise, rounded once.
     """
     vocabulary.check("dense.log_sum_exp", "logits", logits.shape[-1])
     return _log_sum_exp(vocabulary, logits)
@@ -222,11 +227,21 @@ def _log_sum_exp_fwd(vocabulary: Vocabulary, logits: Array) -> tuple[Array, tupl
 
 def _log_sum_exp_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     logits, total = saved
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, softmax
+
+        held = _held(total, vocabulary)
+        return (call("log_sum_exp", softmax.log_sum_exp_gradient, logits, total, dy, integers=held),)
     p = exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])
     return (cast(product(p, dy[..., None]), logits.dtype),)
 
 
 _log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
+
+
+def _held(like: Array, vocabulary: Vocabulary) -> tuple[Array, ...]:
+    """How many local entries are tokens, for every row, where some are none."""
+    return () if vocabulary.all_held else (jnp.broadcast_to(vocabulary.local_entries()[1], like.shape),)
 
 
 def _by_leaf(x: Array, vocabulary: Vocabulary) -> Array:
@@ -275,6 +290,10 @@ def _log_softmax_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array], dy: Arr
     y, like = saved
     dy = jnp.where(jnp.isfinite(y), dy.astype(jnp.float32), 0.0)
     total = sum_of_leaves(_leaf_sums(dy, vocabulary), vocabulary.axis_name, vocabulary.tree)
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, softmax
+
+        return (call("log_softmax", partial(softmax.log_softmax_gradient, dtype=like.dtype), y, dy, total),)
     return (cast(dy - product(exp(y), total[..., None]), like.dtype),)
 
 
@@ -312,11 +331,16 @@ def _cross_entropy_fwd(
 def _cross_entropy_bwd(vocabulary: Vocabulary, saved: tuple[Array, Array, Array], dloss: Array) -> tuple[Array, None]:
     logits, labels, total = saved
     index, mine = _local_index(vocabulary, labels)
+    known = (labels >= 0) & (labels < vocabulary.size)
+    dloss = jnp.where(known, dloss, 0.0)
+    if backend.family() == "sm90":
+        from tbik_jax.kernels.hopper import call, softmax
+
+        integers = jnp.where(mine, index, -1), *_held(total, vocabulary)
+        return call("cross_entropy", softmax.cross_entropy_gradient, logits, total, dloss, integers=integers), None
     p = exp(mask_logits(logits.astype(jnp.float32), vocabulary) - total[..., None])
     hit = mine[..., None] & (jnp.arange(logits.shape[-1]) == index[..., None])
-    known = (labels >= 0) & (labels < vocabulary.size)
-    dloss = jnp.where(known, dloss, 0.0)[..., None]
-    return cast(product(jnp.where(hit, p - 1.0, p), dloss), logits.dtype), None
+    return cast(product(jnp.where(hit, p - 1.0, p), dloss[..., None]), logits.dtype), None
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -81,6 +81,10 @@ class Machine:
         self._check_aligned(ref, index, count)
         return [np.where(where, ref.reshape(-1)[index + i].astype(np.float32), np.float32(other)) for i in range(count)]
 
+    def integer(self, ref, index):
+        assert ref.dtype == np.int32
+        return ref.reshape(-1)[index]
+
     def store(self, ref, index, values, where=True):
         where = np.broadcast_to(where, self.shape)
         index = np.broadcast_to(index, self.shape)
@@ -105,12 +109,17 @@ class Machine:
     def itemsize(self, ref):
         return ref.dtype.itemsize
 
-    def fetch(self, slot, ref, index, count, where=True):
+    def fetch(self, slot, ref, index, count, where=True, only=True):
         size = 16 // ref.dtype.itemsize
         assert count % size == 0
         for piece, offset in enumerate(range(0, count, size)):
+            values, before = self.load(ref, index + offset, size, where), self.slots[slot + piece]
+            if only is not True:
+                assert not isinstance(before, str)
+                before = before or [np.full(self.shape, np.nan, np.float32)] * size
+                values = [np.where(only, x, y) for x, y in zip(values, before, strict=True)]
             self.slots[slot + piece] = "on its way"
-            self.groups[-1].append((slot + piece, self.load(ref, index + offset, size, where)))
+            self.groups[-1].append((slot + piece, values))
 
     def commit(self):
         self.groups.append([])
@@ -120,23 +129,34 @@ class Machine:
             for slot, values in self.groups.pop(0):
                 self.slots[slot] = values
 
-    def keep(self, slot, values, ref=None):
+    def keep(self, slot, values, ref=None, thread=None):
         size = 16 // (4 if ref is None else ref.dtype.itemsize)
         values = values if ref is None else self.rounded(values, ref)
         for piece in range(len(values) // size):
             assert not isinstance(self.slots[slot + piece], str)
-            self.slots[slot + piece] = [np.broadcast_to(x, self.shape) for x in values[piece * size :][:size]]
+            mine = [np.broadcast_to(x, self.shape) for x in values[piece * size :][:size]]
+            if thread is not None:
+                before = self.slots[slot + piece] or [np.full(self.shape, np.nan, np.float32) for _ in mine]
+                to, mine, given = np.broadcast_to(thread, self.shape), [x.copy() for x in before], mine
+                for x, y in zip(mine, given, strict=True):
+                    np.put_along_axis(x, to, y, 1)
+                    assert (np.take_along_axis(x, to, 1).view(np.int32) == y.view(np.int32)).all(), (
+                        "two put different values"
+                    )
+            self.slots[slot + piece] = mine
 
     def kept(self, slot, count, ref=None, thread=None):
         size = 16 // (4 if ref is None else ref.dtype.itemsize)
-        values = [x for piece in range(count // size) for x in self.slots[slot + piece]]
+        slots = [self.slots[slot + piece] for piece in range(count // size)]
+        assert not any(isinstance(values, str) for values in slots), "on its way"
+        values = [x for slot in slots for x in slot]
         assert len(values) == count, "not what was put there"
         if thread is None:
             return values
         return [np.take_along_axis(x, np.broadcast_to(thread, self.shape), 1) for x in values]
 
     def barrier(self):
-        assert self.groups == [[]], "something is on its way"
+        pass  # all threads are where the program is
 
     def of_lane(self, x, distance):
         return np.broadcast_to(x, self.shape)[:, np.arange(simt.THREADS) ^ distance]

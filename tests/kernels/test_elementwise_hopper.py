@@ -9,9 +9,11 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -30,7 +32,7 @@ from tbik_jax.kernels.swiglu import swiglu
 from tbik_jax.testing import assert_bitwise_equal
 from tbik_jax.tree import schedule
 from tests.kernels import families, simt_numpy
-from tests.meshes import columns_by_slot, mesh_of
+from tests.meshes import columns_by_slot, columns_from_slots, mesh_of
 
 #: In NumPy, whose bits no version of JAX changes.
 pytestmark = pytest.mark.slow
@@ -203,14 +205,24 @@ def test_rotations_are_products_and_sums(rng, heads, d, dtype):
 
 @pytest.mark.invariance
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("few", [True, False], ids=["a row of a thread", "several heads of a thread"])
 @pytest.mark.parametrize("heads, kv_heads, d", [(1, 1, 64), (3, 1, 128), (32, 8, 128), (5, 2, 256), (3, 1, 66)])
-def test_queries_and_keys_are_normalised_and_turned_in_one_step(rng, heads, kv_heads, d, dtype):
+def test_queries_and_keys_are_normalised_and_turned_in_one_step(rng, monkeypatch, heads, kv_heads, d, few, dtype):
+    monkeypatch.setattr(norms, "_FEW", 1 << 30 if few else 0)
     q, k = normal(rng, 19, heads, d, dtype=dtype), normal(rng, 19, kv_heads, d, dtype=dtype)
     q_scale, k_scale = normal(rng, d, dtype=dtype), normal(rng, d, dtype=dtype)
     angle = rng.uniform(0, 100, (19, d // 2))
     cos, sin = np.cos(angle).astype(f32), np.sin(angle).astype(f32)
     want = rotated(norm(q, q_scale, EPS), cos, sin), rotated(norm(k, k_scale, EPS), cos, sin)
     assert_bitwise_equal(norm_rope(q, k, q_scale, k_scale, cos, sin, eps=EPS), want)
+
+
+@pytest.mark.invariance
+def test_queries_and_keys_of_two_dtypes(rng):
+    q, k = normal(rng, 3, 2, 64, dtype="bfloat16"), normal(rng, 3, 1, 64)
+    scales, (cos, sin) = (normal(rng, 64, dtype="bfloat16"), normal(rng, 64)), turning(rng, 3, 64)
+    want = [rotated(norm(x, scale, EPS), cos, sin) for x, scale in zip((q, k), scales, strict=True)]
+    assert_bitwise_equal(norms.rms_norm_rope((q, k), scales, cos, sin, EPS), tuple(want))
 
 
 @pytest.mark.invariance
@@ -277,6 +289,86 @@ def test_a_vocabulary_of_many_rows_and_of_one(rng):
     np.testing.assert_allclose(np.asarray(whole[0])[:, :1003], exact, rtol=0, atol=1e-5)
 
 
+def pulled(vocabulary, logits, labels, d_log_p, dy):
+    """Gradients of log-sum-exp, cross-entropy and log-softmax."""
+    return tuple(
+        jax.vjp(f, logits)[1](cotangent)[0]
+        for f, cotangent in (
+            (lambda x: log_sum_exp(x, vocabulary), dy),
+            (lambda x: cross_entropy(x, labels, vocabulary), dy),
+            (lambda x: log_softmax(x, vocabulary), d_log_p),
+        )
+    )
+
+
+def softmax_gradients(vocabulary, logits, labels, d_log_p, dy):
+    """The same, of one rank, by their formulas from the log-sum-exp and from the sums of cotangents."""
+    total = np.asarray(jax.jit(log_sum_exp, static_argnums=1)(logits, vocabulary))[:, None]
+    leaves = row_sum(d_log_p.reshape(len(d_log_p), vocabulary.leaves, -1), 128, 4)
+    d_total = vocabulary.tree.reduce(list(leaves.T), np.add)[:, None]
+    y, known = logits.astype(f32) - total, (labels >= 0) & (labels < vocabulary.size)
+    p, hit = exp(y), labels[:, None] == np.arange(logits.shape[1])
+    d_entropy = np.where(hit, p - f32(1), p) * np.where(known, dy, f32(0))[:, None]
+    return tuple(x.astype(logits.dtype) for x in (p * dy[:, None], d_entropy, d_log_p - p * d_total))
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize(
+    "leaves, size, dtype",
+    [
+        (1, 1, "float32"),
+        (1, 9, "bfloat16"),
+        *((1, 1001, dtype) for dtype in DTYPES),
+        (1, 2050, "float16"),
+        (1, 4100, "float32"),
+        (8, 4096, "bfloat16"),
+        (8, 8 * 1028, "float32"),
+    ],
+)
+def test_gradients_of_softmax_are_their_formulas(rng, leaves, size, dtype):
+    """However wide an access may be, and whatever rows are beside; labels of all rows, of none, outside."""
+    vocabulary = Vocabulary(size, Contract(leaves=leaves), None)
+    assert vocabulary.local_size == size
+    logits = (5 * normal(rng, 5, size)).astype(dtype)
+    labels = np.array([0, size - 1, size // 2, -100, size])
+    values = logits, labels, normal(rng, 5, size), normal(rng, 5)
+    run = partial(pulled, vocabulary)
+    whole = jax.jit(run)(*values)
+    assert_bitwise_equal(whole, softmax_gradients(vocabulary, *values))
+    part = jax.jit(run)(*(x[2:4] for x in values))
+    assert_bitwise_equal(part, tuple(np.asarray(x)[2:4] for x in whole), "some rows")
+    one_by_one = jax.jit(jax.vmap(run))(*(x[:, None] for x in values))
+    assert_bitwise_equal(tuple(np.asarray(x)[:, 0] for x in one_by_one), whole, "under vmap")
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("size, dtype", [(5, "float16"), (1003, "bfloat16"), (8 * 129, "float32")])
+def test_gradients_of_softmax_are_those_of_one_rank(rng, size, dtype):
+    """Entries that are no token hold NaN, and their gradients are zero."""
+    logits, d_log_p = (5 * normal(rng, 4, size)).astype(dtype), normal(rng, 4, size)
+    labels, dy = np.array([0, size - 1, size // 2, -100]), normal(rng, 4)
+
+    def on_ranks(ranks):
+        vocabulary = Vocabulary(size, Contract(), "tp")
+        plan = schedule(vocabulary.tree, ranks)
+        extra = [(0, 0), (0, vocabulary.leaves * vocabulary.width - size)]
+        columns = [np.pad(x, extra, constant_values=np.nan) for x in (logits, d_log_p)]
+        y, d = (columns_by_slot(x, plan) for x in columns)
+        split = P(None, "tp")
+        lie = {"in_specs": (split, P(), split, P()), "out_specs": (split,) * 3}
+        run = jax.jit(emulate(partial(pulled, vocabulary), ranks=ranks, **lie))
+        found = [np.asarray(x) for x in run(y, labels, d, dy)]
+        for x in found:
+            np.testing.assert_array_equal(np.where(np.isnan(y.astype(f32)), x, 0), 0)
+        return tuple(columns_from_slots(x, plan)[:, :size] for x in found)
+
+    one = on_ranks(1)
+    if size == 8 * 129:
+        assert_bitwise_equal(one, softmax_gradients(Vocabulary(size, Contract(), None), logits, labels, d_log_p, dy))
+    for ranks in (3, 4):
+        assert_bitwise_equal(on_ranks(ranks), one, f"{ranks} ranks")
+
+
 # Values ------------------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +423,54 @@ def test_extreme_logits():
     np.testing.assert_array_equal(m[-3:], [nan, inf, -largest])
 
 
+@pytest.mark.parametrize("dtype, last", [("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-24)])
+def test_gradients_of_softmax_are_accurate(rng, dtype, last):
+    """A difference of logits is rounded to 24 bits, an exponential is within 2**-21, a result is rounded at the end."""
+    vocabulary = Vocabulary(8000, Contract(), None)
+    logits, labels = (5 * normal(rng, 9, 8000)).astype(dtype), rng.integers(0, 8000, 9)
+    d_log_p, dy = normal(rng, 9, 8000), normal(rng, 9)
+    found = jax.jit(partial(pulled, vocabulary))(logits, labels, d_log_p, dy)
+    y = logits.astype(np.float64) - np.asarray(log_sum_exp(logits, vocabulary))[:, None].astype(np.float64)
+    p, onehot, scale = np.exp(y), labels[:, None] == np.arange(8000), dy[:, None].astype(np.float64)
+    total = d_log_p.sum(-1, keepdims=True, dtype=np.float64)
+    want = p * scale, (p - onehot) * scale, d_log_p - p * total
+    of_p = (2.0**-21 + 2.0**-24 * np.abs(y)) * p
+    smallest = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    # Of the sum of cotangents, and where a difference is rounded before the end.
+    beside = 0, 2.0**-24 * np.abs(want[1]), 1e-5 * p + 2.0**-24 * np.abs(p * total)
+    for x, y, factor, more in zip(found, want, (scale, scale, total), beside, strict=True):
+        error = np.abs(np.asarray(x).astype(np.float64) - y)
+        assert (error <= 1.01 * (of_p * np.abs(factor) + more + (last + 2.0**-24) * np.abs(y)) + smallest / 2).all()
+
+
+def test_gradients_at_extreme_logits():
+    """An entry alone has all; what is no number makes a row NaN; -inf has no part. Numbers that are small stay."""
+    vocabulary, inf, nan = Vocabulary(4099, Contract(), None), np.inf, np.nan
+    rows = np.full((7, 4099), -inf, f32)
+    rows[0, 4098], rows[1, :2] = 1e4, (-1e4, 1e4)
+    rows[2, :2] = 0, -86
+    rows[3, 7], rows[4, 4098] = nan, inf
+    rows[5, :] = 0
+    logits = np.pad(rows, [(0, 0), (0, vocabulary.local_size - 4099)], constant_values=nan)
+    labels, ones = np.array([4098, 1, 0, 0, 0, 5, 0]), np.ones(7, f32)
+    d_log_p = np.full(logits.shape, 2, f32)
+    d_total, d_entropy, d_log_softmax = map(
+        np.asarray, jax.jit(partial(pulled, vocabulary))(logits, labels, d_log_p, ones)
+    )
+    want = np.zeros((3, vocabulary.local_size), f32)
+    want[0, 4098] = want[1, 1] = want[2, 0] = 1
+    want[2, 1] = exp(f32([-86]))[0]
+    np.testing.assert_array_equal(d_total[:3], want)
+    want[[0, 1, 2], labels[:3]] -= 1
+    np.testing.assert_array_equal(d_entropy[:3], want)
+    np.testing.assert_allclose(d_total[5, :4099], 1 / 4099, rtol=2.0**-20)
+    np.testing.assert_array_equal(d_total[5, 4099:], 0)
+    np.testing.assert_array_equal(d_log_softmax[0], 0)  # the only entry's own 2, less all of it
+    np.testing.assert_allclose(d_log_softmax[5, :4099], 0, atol=1e-5)
+    for x in (d_total, d_entropy):
+        assert np.isnan(x[[3, 4, 6]]).all()
+
+
 @pytest.mark.parametrize("dtype, last", [("bfloat16", 2.0**-8), ("float16", 2.0**-11), ("float32", 2.0**-20)])
 def test_swiglu_is_accurate(rng, dtype, last):
     gate, up = (4 * normal(rng, 9, 1000)).astype(dtype), normal(rng, 9, 1000, dtype=dtype)
@@ -373,6 +513,10 @@ def test_no_rows(shape):
     assert y.shape == shape
     np.testing.assert_array_equal(pull(y)[1], 0)
     assert swiglu(x, x).shape == shape
+    vocabulary = Vocabulary(8, Contract(), None)
+    of_rows = jnp.zeros(shape[:-1])
+    found = pulled(vocabulary, x, of_rows.astype(jnp.int32), x, of_rows)
+    assert [y.shape for y in found] == [shape] * 3
 
 
 # The card's own ----------------------------------------------------------------------------------------------------------
