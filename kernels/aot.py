@@ -334,20 +334,20 @@ _STAGES = {
 
 
 def _stage(name: str, width: int) -> Case:
-    from tbik_jax.kernels.hopper import maps, norms, softmax, sums
+    from tbik_jax.kernels.hopper import maps, norms, norms_backward, softmax, sums
 
     def rms_norm_gradients(x: jax.Array, dy: jax.Array, beside: jax.Array, scale: jax.Array) -> Any:
-        return norms.rms_norm_gradients(x, scale, dy, 1e-6, beside)
+        return norms_backward.rms_norm_gradients(x, scale, dy, 1e-6, beside)
 
     def norm_rope(q: jax.Array, k: jax.Array, scale: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
         return norms.rms_norm_rope((q, k), (scale, scale), cos, sin, 1e-6)
 
     def norm_rope_gradients(leaves: tuple[int, int] | None, *arrays: jax.Array) -> Any:
         q, k, dq, dk, scale, cos, sin = arrays
-        return norms.rms_norm_rope_gradients((q, k), (scale, scale), (dq, dk), cos, sin, 1e-6, leaves)
+        return norms_backward.rms_norm_rope_gradients((q, k), (scale, scale), (dq, dk), cos, sin, 1e-6, leaves)
 
     def few_gradients(x: jax.Array, dy: jax.Array, scale: jax.Array) -> Any:
-        return norms.rms_norm_gradients(x[:64], scale, dy[:64], 1e-6)
+        return norms_backward.rms_norm_gradients(x[:64], scale, dy[:64], 1e-6)
 
     def log_softmax_gradient(y: jax.Array, dy: jax.Array, total: jax.Array) -> jax.Array:
         return softmax.log_softmax_gradient(y, dy, total, dtype=y.dtype)

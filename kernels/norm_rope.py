@@ -116,12 +116,12 @@ def _gradients(
     sin: Array,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     if backend.family() == "sm90":
-        from tbik_jax.kernels.hopper import call, norms
+        from tbik_jax.kernels.hopper import call, norms, norms_backward
 
         def turned_back(*arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
             *of, cos, sin = arrays
             xs, scales, dys = (of[i : i + len(of) // 3] for i in range(0, len(of), len(of) // 3))
-            return norms.rms_norm_rope_gradients(xs, scales, dys, cos, sin, eps, leaves)
+            return norms_backward.rms_norm_rope_gradients(xs, scales, dys, cos, sin, eps, leaves)
 
         shapes = {(*x.shape[:-2], x.shape[-1]) for x in xs}
         if len(shapes) == 1 and xs[0].shape[-1] in norms.ROTATED:

@@ -74,9 +74,9 @@ def _forward(eps: float, x: Array, scale: Array) -> tuple[Array, tuple[Array, Ar
 def _backward(eps: float, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, scale = saved
     if backend.family() == "sm90":
-        from tbik_jax.kernels.hopper import call, norms
+        from tbik_jax.kernels.hopper import call, norms_backward
 
-        return call("rms_norm", lambda x, scale, dy: norms.rms_norm_gradients(x, scale, dy, eps), x, scale, dy)
+        return call("rms_norm", lambda x, scale, dy: norms_backward.rms_norm_gradients(x, scale, dy, eps), x, scale, dy)
     normal, inverse = _normalise(eps, x)
     dy = dy.astype(jnp.float32)
     dnormal = product(dy, scale.astype(jnp.float32))
@@ -106,13 +106,13 @@ def _add_forward(
 def _add_backward(
     eps: float, saved: tuple[Array, Array, Array], given: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
-    from tbik_jax.kernels.hopper import call, norms
+    from tbik_jax.kernels.hopper import call, norms_backward
 
     total, scale, like_y = saved
     beside, dy = given
 
     def gradients(total: Array, scale: Array, dy: Array, beside: Array) -> tuple[Array, Array]:
-        return norms.rms_norm_gradients(total, scale, dy, eps, beside)
+        return norms_backward.rms_norm_gradients(total, scale, dy, eps, beside)
 
     dx, dscale = call("add_rms_norm", gradients, total, scale, dy, beside)
     return dx, cast(dx, like_y.dtype), dscale

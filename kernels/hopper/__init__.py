@@ -1,8 +1,8 @@
 """Elementwise stages, row sums and their gradients on Hopper GPUs, as programs of single threads.
 
-`simt` is what a thread can do; `formulas` are the stages as arithmetic; `maps` (no sums), `norms` (sums over a row and over
-tokens), `sums` (leaves of the vocabulary) and `softmax` (its gradients) are the kernels; `call` is how the rest of the
-package runs them.
+`simt` is what a thread can do; `formulas` are the stages as arithmetic; `maps` (no sums), `norms` (sums over a row),
+`norms_backward` (over tokens, too), `sums` (leaves of the vocabulary) and `softmax` (its gradients) are the kernels; `call` is
+how the rest of the package runs them.
 
 Every order is a function of one length: how many rows there are, and which block has them, moves no bit.
 """

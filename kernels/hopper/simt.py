@@ -132,15 +132,13 @@ class Int:
         return Int(arith.cmpi(arith.CmpIPredicate.eq, *self._both(other)))
 
     __hash__ = None  # type: ignore[assignment]
+    __radd__, __rmul__ = __add__, __mul__
 
     def __and__(self, other: Int | bool) -> Int:
         if isinstance(other, bool):
             assert other
             return self
         return Int(arith.andi(self.value, other.value))
-
-    def __or__(self, other: Int) -> Int:
-        return Int(arith.ori(self.value, other.value))
 
     __rand__ = __and__
 
@@ -303,12 +301,10 @@ class Machine(Arithmetic):
 
     # Slots: 16 bytes of shared memory each, of this thread alone until a barrier ----------------------------------------
 
-    def fetch(
-        self, slot: Int | int, ref: Any, index: Int, count: int, where: Int | bool = True, only: Int | bool = True
-    ) -> None:
+    def fetch(self, slot: Int | int, ref: Any, index: Int, count: int, where: Int | bool = True) -> None:
         """Copy ``ref.flat[index : index + count]`` to as many slots as it fills, while the program goes on, until `wait`.
 
-        Zeros where ``where`` is false. Nothing changes where ``only`` is false.
+        Zeros where ``where`` is false.
         """
         size = 16 // _dtype(ref).itemsize
         assert count % size == 0
@@ -318,13 +314,8 @@ class Machine(Arithmetic):
             if isinstance(where, bool):
                 assert where
             else:
-                text += f", ${len(operands)}"
+                text += ", $2"
                 operands.append(arith.select(where.value, *(mgpu.utils.c(x, _i32()) for x in (16, 0))))
-            if isinstance(only, bool):
-                assert only
-            else:
-                text = f"@${len(operands)} {text}"
-                operands.append(only.value)
             mgpu.utils.inline_ptx(text + ";", *operands, has_side_effects=True)
 
     def commit(self) -> None:

@@ -109,17 +109,12 @@ class Machine:
     def itemsize(self, ref):
         return ref.dtype.itemsize
 
-    def fetch(self, slot, ref, index, count, where=True, only=True):
+    def fetch(self, slot, ref, index, count, where=True):
         size = 16 // ref.dtype.itemsize
         assert count % size == 0
         for piece, offset in enumerate(range(0, count, size)):
-            values, before = self.load(ref, index + offset, size, where), self.slots[slot + piece]
-            if only is not True:
-                assert not isinstance(before, str)
-                before = before or [np.full(self.shape, np.nan, np.float32)] * size
-                values = [np.where(only, x, y) for x, y in zip(values, before, strict=True)]
             self.slots[slot + piece] = "on its way"
-            self.groups[-1].append((slot + piece, values))
+            self.groups[-1].append((slot + piece, self.load(ref, index + offset, size, where)))
 
     def commit(self):
         self.groups.append([])
@@ -146,6 +141,13 @@ class Machine:
             self.slots[slot + piece] = mine
 
     def kept(self, slot, count, ref=None, thread=None):
+        if isinstance(slot, np.ndarray):  # each thread from one of its own choice
+            slots = np.broadcast_to(slot, self.shape)
+            choices = {n: self.kept(n, count, ref, thread) for n in np.unique(slots) if self.slots[n] is not None}
+            return [
+                np.select([slots == n for n in choices], [of[i] for of in choices.values()], np.nan)
+                for i in range(count)
+            ]
         size = 16 // (4 if ref is None else ref.dtype.itemsize)
         slots = [self.slots[slot + piece] for piece in range(count // size)]
         assert not any(isinstance(values, str) for values in slots), "on its way"

@@ -22,7 +22,7 @@ from tbik_jax.contract import Contract
 from tbik_jax.dense import Vocabulary, cross_entropy, log_softmax, log_sum_exp
 from tbik_jax.emulate import emulate
 from tbik_jax.kernels import backend, exact
-from tbik_jax.kernels.hopper import formulas, maps, norms, simt, sums
+from tbik_jax.kernels.hopper import formulas, maps, norms, norms_backward, simt, sums
 from tbik_jax.kernels.hopper.spec import exp_sum, norm, norm_gradients, rotated, row_sum
 from tbik_jax.kernels.norm_rope import norm_rope, norm_rope_gradients_by_leaf
 from tbik_jax.kernels.residual import add
@@ -93,7 +93,7 @@ def test_norms_follow_the_documented_order(rng, d, dtype):
 @pytest.fixture(params=["16 rows of a thread", "one row of a thread"])
 def rows_of_a_thread(request, monkeypatch):
     """Both ways to the gradients of norms, however many rows there are."""
-    monkeypatch.setattr(norms, "_ALONE", 0 if request.param.startswith("16") else 1 << 30)
+    monkeypatch.setattr(norms_backward, "_ALONE", 0 if request.param.startswith("16") else 1 << 30)
 
 
 def turning(rng: np.random.Generator, tokens: int, d: int) -> tuple[np.ndarray, np.ndarray]:
@@ -567,11 +567,13 @@ def test_gradients_of_many_rows_and_of_few(rng, monkeypatch, tokens, d):
     scale = normal(rng, d, dtype="bfloat16")
 
     def run(x, dy, also):
-        return *norms.rms_norm_gradients(x, scale, dy, EPS), norms.rms_norm_gradients(x, scale, dy, EPS, also)[0]
+        return *norms_backward.rms_norm_gradients(x, scale, dy, EPS), norms_backward.rms_norm_gradients(
+            x, scale, dy, EPS, also
+        )[0]
 
     found = []
-    for most in (0, norms._ALONE, 1 << 30):
-        monkeypatch.setattr(norms, "_ALONE", most)
+    for most in (0, norms_backward._ALONE, 1 << 30):
+        monkeypatch.setattr(norms_backward, "_ALONE", most)
         found.append(jax.tree.map(np.asarray, jax.jit(lambda *of: run(*of))(x, dy, also)))
     assert_bitwise_equal(found[0], found[1])
     assert_bitwise_equal(found[1], found[2])
@@ -597,8 +599,8 @@ def test_gradients_of_heads_at_once_and_leaf_by_leaf(rng, monkeypatch, tokens, d
     for x, scale, dy in zip(xs, scales, dys, strict=True):
         each = [alone(x, scale.astype(f32), dy) for x, dy in zip(np.split(x, 8, 1), np.split(dy, 8, 1), strict=True)]
         want.append((np.concatenate([dx for (dx,), _ in each], 1), np.concatenate([dscale for _, (dscale,) in each])))
-    for most in (0, norms._ALONE, 1 << 30):
-        monkeypatch.setattr(norms, "_ALONE", most)
+    for most in (0, norms_backward._ALONE, 1 << 30):
+        monkeypatch.setattr(norms_backward, "_ALONE", most)
         run = jax.jit(lambda xs, dys: norm_rope_gradients_by_leaf(xs, scales, dys, cos, sin, eps=EPS, leaves=leaves))
         found = run(xs, dys)
         assert_bitwise_equal(found, tuple(zip(*want, strict=True)), f"up to {most} blocks")
