@@ -23,7 +23,7 @@ def test_operations():
     assert found == {name: stored()[name] for name in found}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_model_on_three_ranks(dtype):
     found = make_bits.model(dtype, 3)
     assert found == {name: stored()[name] for name in found}

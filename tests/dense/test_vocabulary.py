@@ -191,7 +191,7 @@ def sharded(f: Any, ranks: int, in_specs: Any, out_specs: Any, check_vma: bool =
         pytest.param(259, 5, 8, "float32", marks=pytest.mark.slow),
         (263, 6, 3, "bfloat16"),
         pytest.param(263, 7, 8, "float32", marks=pytest.mark.slow),
-        (256, 8, 3, "float32"),
+        pytest.param(256, 8, 3, "float32", marks=pytest.mark.slow),
         pytest.param(
             9, 7, 3, "float32", marks=pytest.mark.slow
         ),  # leaves of two entries: the last three are empty, and so is one rank

@@ -135,8 +135,8 @@ def trained(
     outs = (P(), specs, specs, of_moments)
     if emulated:
         of_tensor = emulate(step, ranks=tp, in_specs=(specs, of_moments, P(), P()), out_specs=outs)
-        call = emulate(
-            of_tensor, ranks=dp, axis_name="dp", in_specs=(P(), P(), P("dp"), P("dp")), out_specs=(P(), P(), P(), P())
+        call = jax.jit(
+            emulate(of_tensor, ranks=dp, axis_name="dp", in_specs=(P(), P(), P("dp"), P("dp")), out_specs=(P(),) * 4)
         )
     else:
         in_specs = (specs, of_moments, P("dp"), P("dp"))

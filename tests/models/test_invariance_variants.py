@@ -116,6 +116,7 @@ def test_biases():
     assert_bitwise_equal(generator(BIASED, 8).score(PROMPTS), want, "logits on 8 ranks")
 
 
+@pytest.mark.slow
 def test_smollm2():
     model = smollm2()
     ids = model.tokenizer.encode("Tree-based kernels give the same bits on every mesh")[:8]
