@@ -89,12 +89,13 @@ def whole_model() -> str:
         of_each.setdefault((row["work"], gpu(row)), []).append(row)
     works = [work for work, _ in of_each]
     for (work, name), some in sorted(of_each.items(), key=lambda item: works.index(item[0][0])):
-        newest = {side: [row for row in some if f"{side}_ms" in row][-1] for side in sides}
+        newest = {side: row for row in some for side in sides if f"{side}_ms" in row}
         used += newest.values()
-        cells = [f"{newest['chain']['plain_ms']:.1f} ms"]
-        cells += [
-            f"{row[f'{side}_ms'] / row['plain_ms']:.2f} ({row[f'{side}_ms']:.1f} ms)" for side, row in newest.items()
-        ]
+        cells = [f"{next(newest[side] for side in sides if side in newest)['plain_ms']:.1f} ms"]
+        for side in sides:
+            row = newest.get(side, {})
+            milliseconds = row.get(f"{side}_ms")
+            cells.append(f"{milliseconds / row['plain_ms']:.2f} ({milliseconds:.1f} ms)" if milliseconds else "-")
         lines.append(f"| {work} | {name} | {' | '.join(cells)} |")
     layers = dict.fromkeys(f"{row['layers']} layers, {row['dtype']}" for row in used)
     return "\n".join([*lines, "", f"{used[0]['model']}, {'; '.join(layers)}. {_devices(used)}."])
