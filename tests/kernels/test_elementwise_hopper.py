@@ -342,7 +342,7 @@ def test_gradients_of_softmax_are_their_formulas(rng, leaves, size, dtype):
 
 
 @pytest.mark.invariance
-@pytest.mark.parametrize("size, dtype", [(5, "float16"), (1003, "bfloat16"), (8 * 129, "float32")])
+@pytest.mark.parametrize("size, dtype", [(5, "float32"), (1003, "float32"), (1003, "bfloat16"), (8 * 129, "float32")])
 def test_gradients_of_softmax_are_those_of_one_rank(rng, size, dtype):
     """Entries that are no token hold NaN, and their gradients are zero."""
     logits, d_log_p = (5 * normal(rng, 4, size)).astype(dtype), normal(rng, 4, size)
