@@ -227,6 +227,16 @@ def _own(
     return _Own(x, scale, dy, dx, [mine(besides)] if beside else [], tables, parts, rows, block, part, place)
 
 
+def _slots_of_row(m: Any, arrays: Sequence[Any], d: int, first: int) -> tuple[list[list[int]], int]:
+    """Where a thread's chunks of a row lie from a slot on, array by array, and the slot behind them."""
+    slots = []
+    for ref in arrays:
+        size = CHUNK * m.itemsize(ref) // 16
+        slots.append([first + c * size for c in _columns_of(d)])
+        first += size * len(_columns_of(d))
+    return slots, first
+
+
 def _keep_scale(m: Any, scale: Any, first: int, d: int) -> Callable[[int], list[Any]]:
     """Put it in slots from the first one on, once for all rows of the block; how to get a chunk, behind a barrier."""
     count = lanes(d)
@@ -341,11 +351,8 @@ def _backward_of_short(
     count, together = lanes(d), _rows_of_block(d)
     swaps, chains, nodes = _PIECES // count, 2 * together // TOKENS, 2 * _PIECES
     own = _own(m, refs, of, _ROUNDS * 2 * together, turned, beside)
-    arrays, ring, first = (own.x, own.dy, *own.beside), [], nodes + _ROUNDS
-    for ref in arrays:
-        size = CHUNK * m.itemsize(ref) // 16
-        ring.append([first + c * size for c in _columns_of(d)])
-        first += size * len(_columns_of(d))
+    arrays = own.x, own.dy, *own.beside
+    ring, behind = _slots_of_row(m, arrays, d, nodes + _ROUNDS)
     lane = m.thread % count
     # Of a thread that adds.
     chain = (m.thread // _PIECES) % chains
@@ -397,7 +404,7 @@ def _backward_of_short(
         return []
 
     fetch(0)
-    scale = _keep_scale(m, own.scale, first, d)
+    scale = _keep_scale(m, own.scale, behind, d)
     m.barrier()
     m.loop(_ROUNDS, [], one)
     others = range(0, _PIECES * chains, simt.WARP)  # threads of one column
@@ -428,11 +435,8 @@ def _backward(
     columns, numbers = _columns(m, d), _columns_of(d)
     own = _own(m, refs, of, together * TOKENS, False, beside)
     start = (own.block * together + m.thread // count) * TOKENS
-    fetched, slot, units = [own.x, own.dy, *own.beside], [], 0
-    for ref in fetched:
-        size = CHUNK * m.itemsize(ref) // 16
-        slot.append([units + c * size for c in numbers])
-        units += size * len(columns)
+    fetched = own.x, own.dy, *own.beside
+    slot, units = _slots_of_row(m, fetched, d, 0)
 
     def fetch(i: Any, ahead: int) -> None:
         row, _, inside = own.place(start + i + ahead)
