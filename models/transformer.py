@@ -124,12 +124,12 @@ class Block(nnx.Module):
             q, k = numerics.norm_rope(q, k, *norms, config.rms_norm_eps, *rotary, TENSOR, leaves)
         else:
             q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if cache is not None:
-            if layer is None:
-                cache = KVCache(_write_one(cache.k, k, positions), _write_one(cache.v, v, positions))
-                k, v = cache
-            else:
+        if cache is not None and layer is None:
+            cache = KVCache(*numerics.write_kv(*cache, k, v, positions))
+            k, v = cache
+        else:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            if cache is not None:
                 cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))
                 k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
         kv_head_of = None
@@ -145,18 +145,6 @@ def _write(cache: Array, new: Array, layer: Array, positions: Array) -> Array:
     for b in range(new.shape[0]):
         at = (layer.astype(positions.dtype), zero + b, zero, positions[b, 0], zero)
         cache = lax.dynamic_update_slice(cache, new[None, b : b + 1].astype(cache.dtype), at)
-    return cache
-
-
-def _write_one(cache: Array, new: Array, positions: Array) -> Array:
-    """Put ``new [B, kv, T, D]`` at ``cache[b, :, positions[b, 0]:]``, in place: one token of each row, or row by row."""
-    new = new.astype(cache.dtype)
-    if new.shape[2] == 1:
-        rows = jnp.arange(new.shape[0])
-        return cache.at[rows, :, positions[:, 0]].set(new[:, :, 0], unique_indices=True, indices_are_sorted=True)
-    zero = jnp.zeros((), positions.dtype)
-    for b in range(new.shape[0]):
-        cache = lax.dynamic_update_slice(cache, new[b : b + 1], (zero + b, zero, positions[b, 0], zero))
     return cache
 
 

@@ -147,6 +147,10 @@ class Numerics(ABC):
         """See :func:`tbik_jax.dense.swiglu`."""
 
     @abstractmethod
+    def write_kv(self, k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+        """See :func:`tbik_jax.dense.write_kv`; the positions of a sequence are consecutive."""
+
+    @abstractmethod
     def attention(
         self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None
     ) -> Array:
@@ -279,6 +283,9 @@ class Invariant(Numerics):
     def swiglu(self, gate: Array, up: Array) -> Array:
         return dense.swiglu(gate, up)
 
+    def write_kv(self, k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+        return dense.write_kv(k_cache, v_cache, k, v, positions=positions)
+
     def attention(
         self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None
     ) -> Array:
@@ -369,6 +376,22 @@ class Plain(Numerics):
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+    def write_kv(self, k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array) -> tuple[Array, Array]:
+        batch, tokens = positions.shape
+        if tokens == 1 < batch:
+            rows = jnp.arange(batch)
+            k_cache, v_cache = (
+                cache.at[rows, :, positions[:, 0]].set(new[:, 0], unique_indices=True, indices_are_sorted=True)
+                for cache, new in ((k_cache, k), (v_cache, v))
+            )
+            return k_cache, v_cache
+        k, v, zero = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.zeros((), positions.dtype)
+        for b in range(batch):
+            at = zero + b, zero, positions[b, 0], zero
+            k_cache = lax.dynamic_update_slice(k_cache, k[b : b + 1], at)
+            v_cache = lax.dynamic_update_slice(v_cache, v[b : b + 1], at)
+        return k_cache, v_cache
 
     def attention(
         self, q: Array, k: Array, v: Array, positions: Array, scale: float, kv_head_of: Array | None

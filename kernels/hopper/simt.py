@@ -39,11 +39,15 @@ def launch(
     shared: int = 0,
     slots: int = 0,
     in_place: Sequence[Array] = (),
+    changed: Sequence[Array] = (),
 ) -> Any:
-    """Run ``program(machine, *inputs, *in_place, *outputs)`` in every thread of so many blocks of 128.
+    """Run ``program(machine, *inputs, *in_place, *changed, *outputs)`` in every thread of so many blocks of 128.
 
     ``out`` is one or several ``jax.ShapeDtypeStruct``; ``shared`` the words that `Machine.of_warps` exchanges at most at once;
     ``slots`` of 16 bytes of shared memory every thread has for itself; ``in_place`` whole arrays of which no copy will do.
+    ``changed`` are arrays that the program writes parts of: what has become of them is returned instead of ``out``, in their
+    memory where the program around does not need them as they were. Their types name no axes of a mesh: no kernel changes
+    others (JAX 0.12 still).
     """
     scratch = [2 * shared * WARPS] * bool(shared) + [4 * slots * THREADS] * bool(slots)
 
@@ -58,14 +62,16 @@ def launch(
         run(*refs, lax.axis_index("grid"))
 
     body.__name__ = getattr(program, "__name__", None) or program.func.__name__
-    return plgpu.kernel(
+    memory = [jax.new_ref(x) for x in changed]
+    made = plgpu.kernel(
         body,
         out_type=out,
         grid=(blocks,),
         grid_names=("grid",),
         scratch_types=[plgpu.SMEM((words,), jnp.float32) for words in scratch],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*unsliced(*inputs), *in_place)
+    )(*unsliced(*inputs), *in_place, *memory)
+    return [ref[...] for ref in memory] if changed else made
 
 
 def elementwise(f: Callable[..., Float], *arrays: Array) -> Array:
@@ -126,6 +132,9 @@ class Int:
 
     def __lt__(self, other: Int | int) -> Int:
         return Int(arith.cmpi(arith.CmpIPredicate.slt, *self._both(other)))
+
+    def __gt__(self, other: Int | int) -> Int:
+        return Int(arith.cmpi(arith.CmpIPredicate.sgt, *self._both(other)))
 
     def __eq__(self, other: object) -> Int:  # type: ignore[override]
         assert isinstance(other, int)
@@ -285,6 +294,12 @@ class Machine(Arithmetic):
             _write(_address(ref, index + offset), words, where)
             rounded += _unpack(words, dtype)
         return rounded
+
+    def copy(self, to: Any, at: Int, ref: Any, index: Int, count: int, where: Int | bool = True) -> None:
+        """``to.flat[at : at + count] = ref.flat[index : index + count]``, bit by bit; aligned as for `load`."""
+        for offset, size in _pieces(count, _dtype(ref).itemsize):
+            words = _read(_address(ref, index + offset), size * _dtype(ref).itemsize, where, 0.0, False)
+            _write(_address(to, at + offset), words, where)
 
     def rounded(self, values: Sequence[Float], ref: Any) -> list[Float]:
         """The values as ``ref`` would hold them."""

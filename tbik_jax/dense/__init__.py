@@ -24,6 +24,7 @@ from tbik_jax.dense.vocabulary import (
     mask_logits,
 )
 from tbik_jax.kernels.attention import attention, paged_attention
+from tbik_jax.kernels.kv_cache import write_kv
 from tbik_jax.kernels.matmul import PackedWeight, pack
 from tbik_jax.kernels.norm_rope import norm_rope
 from tbik_jax.kernels.residual import add
@@ -59,4 +60,5 @@ __all__ = [
     "row_parallel_add_norm",
     "swiglu",
     "token_sum",
+    "write_kv",
 ]

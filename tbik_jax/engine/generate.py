@@ -142,7 +142,8 @@ class Generator:
         if self._emulated:
             in_specs, out_specs = (_without_data(specs) for specs in (in_specs, out_specs))
             return emulate(run, ranks=self._ranks, axis_name=TENSOR, in_specs=in_specs, out_specs=out_specs)
-        sharded = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        # Types that name mesh axes are for gradients; there are none here, and `dense.write_kv` has no kernel for them.
+        sharded = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(sharded, donate_argnums=() if donate is None else donate)
 
     @cached_property

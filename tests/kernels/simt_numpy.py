@@ -81,6 +81,15 @@ class Machine:
         self._check_aligned(ref, index, count)
         return [np.where(where, ref.reshape(-1)[index + i].astype(np.float32), np.float32(other)) for i in range(count)]
 
+    def copy(self, to, at, ref, index, count, where=True):
+        where = np.broadcast_to(where, self.shape)
+        index, at = (np.where(where, x, 0) for x in (index, at))
+        self._check_aligned(ref, index, count)
+        self._check_aligned(to, at, count)
+        bits = f"u{ref.dtype.itemsize}"
+        for i in range(count):
+            to.view(bits).reshape(-1)[(at + i)[where]] = ref.view(bits).reshape(-1)[(index + i)[where]]
+
     def integer(self, ref, index):
         assert ref.dtype == np.int32
         return ref.reshape(-1)[index]
@@ -174,19 +183,24 @@ class Machine:
         return list(carry)
 
 
-def launch(program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0, slots: int = 0) -> Any:
+def launch(
+    program: Any, blocks: int, inputs: Any, out: Any, *, shared: int = 0, slots: int = 0, changed: Any = ()
+) -> Any:
     """Stands for `simt.launch`; also under ``jit`` and inside of ``custom_vmap``."""
     single = not isinstance(out, tuple | list)
     like = (out,) if single else tuple(out)
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
         machine = Machine(blocks, slots)
+        given = [np.asarray(x) for x in arrays]
+        kept, memory = given[: len(inputs)], [x.copy() for x in given[len(inputs) :]]
         results = [np.zeros(x.shape, x.dtype) for x in like]
         with np.errstate(all="ignore"):
-            program(machine, *map(np.asarray, arrays), *results)
+            program(machine, *kept, *memory, *results)
         for result in results:
             assert (machine.written[id(result)] == 1).all(), "an element is not written once"
-        return tuple(results)
+        return (*memory, *results)
 
-    found = jax.pure_callback(run, like, *inputs, vmap_method="sequential")
+    types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed)
+    found = jax.pure_callback(run, (*types, *like), *inputs, *changed, vmap_method="sequential")
     return found[0] if single else found
