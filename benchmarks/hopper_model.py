@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import datetime
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -66,7 +65,6 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=25)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--unpacked", action="store_true")
-    parser.add_argument("--label", default="", help="what a row's work is called besides, for runs with XLA_FLAGS")
     parser.add_argument("--kernels", action="store_true", help="also print the kernels of every work, by time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -99,17 +97,16 @@ def main() -> None:
         device = jax.devices()[0]
         with options.out.open("a") as file:
             for work, sides in found.items():
-                name = f"prefill of {PROMPT} tokens" if work == "prefill" else f"decode step, batch {work.split()[1]}"
-                flags = os.environ.get("XLA_FLAGS")
                 row = {
-                    "work": f"{name}, {options.label}" if options.label else name,
+                    "work": f"prefill of {PROMPT} tokens"
+                    if work == "prefill"
+                    else f"decode step, batch {work.split()[1]}",
                     "context": 0 if work == "prefill" else CONTEXT,
                     "layers": options.layers,
                     **{f"{side}_ms": round(of["ms"], 4) for side, of in sides.items()},
                     **{f"{side}_spread_ms": [round(x, 4) for x in of["spread"]] for side, of in sides.items()},
                     "model": "Qwen3-8B shape, random weights",
                     "dtype": "bfloat16",
-                    **({"xla_flags": flags} if flags else {}),
                     "device": device.device_kind,
                     "jax": jax.__version__,
                     "commit": _commit(),
