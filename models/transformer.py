@@ -124,14 +124,14 @@ class Block(nnx.Module):
             q, k = numerics.norm_rope(q, k, *norms, config.rms_norm_eps, *rotary, TENSOR, leaves)
         else:
             q, k = numerics.rope(q, *rotary), numerics.rope(k, *rotary)
-        if cache is not None and layer is None:
+        if cache is None:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        elif layer is None:
             cache = KVCache(*numerics.write_kv(*cache, k, v, positions))
             k, v = cache
         else:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            if cache is not None:
-                cache = KVCache(_write(cache.k, k, layer, positions), _write(cache.v, v, layer, positions))
-                k, v = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+            cache = KVCache(*(_write(of, new, layer, positions) for of, new in zip(cache, (k, v), strict=True)))
+            k, v = (lax.dynamic_index_in_dim(of, layer, keepdims=False) for of in cache)
         kv_head_of = None
         if layout.kv_of_head is not None:
             kv_head_of = jnp.array(layout.kv_of_head)[lax.axis_index(TENSOR)]
@@ -140,8 +140,8 @@ class Block(nnx.Module):
 
 
 def _write(cache: Array, new: Array, layer: Array, positions: Array) -> Array:
-    """Put ``new [B, kv, T, D]`` at ``cache[layer, b, :, positions[b, 0]:]``, in place inside the scan."""
-    zero = jnp.zeros((), positions.dtype)
+    """Put ``new [B, T, kv, D]`` at ``cache[layer, b, :, positions[b, 0]:]``, in place inside the scan."""
+    new, zero = new.swapaxes(1, 2), jnp.zeros((), positions.dtype)
     for b in range(new.shape[0]):
         at = (layer.astype(positions.dtype), zero + b, zero, positions[b, 0], zero)
         cache = lax.dynamic_update_slice(cache, new[None, b : b + 1].astype(cache.dtype), at)
