@@ -343,7 +343,7 @@ def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: 
     All rows take the splits of the last query: those that a row does not see are states of no keys.
     """
     pairs, splits, rows, dim = acc.shape
-    chunk = min(tiles.chunk, splits)
+    chunk = min(tiles.chunk, splits, _LANES)
     pieces = -(-used * dim // _LANES)  # rows, or pairs of them
     out = plgpu.kernel(
         functools.partial(_merge, dim=dim, chunk=chunk, unroll=tiles.unroll, groups=pairs // bounds.shape[0]),
@@ -359,43 +359,53 @@ def _merged(acc: Array, ml: Array, bounds: Array, used: int, dtype: Any, tiles: 
 def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, groups):
     lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
     rows = ml_gmem.shape[3]
+    in_piece = max(1, _LANES // dim)  # rows
     i32 = jnp.int32
 
     @functools.partial(
         pl.run_scoped,
         acc_smem=plgpu.SMEM((chunk, _LANES), jnp.float32),
         ml_smem=plgpu.SMEM((chunk, 2, rows), jnp.float32),
+        weight_smem=plgpu.SMEM((in_piece, 3, _LANES), jnp.float32),
         ready=plgpu.Barrier(num_arrivals=2),
     )
-    def _(acc_smem, ml_smem, ready):
+    def _(acc_smem, ml_smem, weight_smem, ready):
         pair, piece = lax.axis_index("pair"), lax.axis_index("piece")
+        first_row = lax.div(piece * _LANES, i32(dim))
+        lane = plgpu.broadcasted_iota(i32, (_LANES,), 0, layout=lanes)
 
-        def spread(x):
-            return x
+        def everywhere(value):
+            return plgpu.layout_cast(jnp.full((_LANES,), value, jnp.float32), lanes)
 
-        def of_rows(split, which):
-            """A value per row, on the lanes of that row."""
-
-            def of(row):
-                value = ml_smem[split, which, row]
-                return plgpu.layout_cast(jnp.full((_LANES,), value, jnp.float32), lanes)
-
-            if dim >= _LANES:
-                return of(lax.div(piece, i32(dim // _LANES)))
-            first = piece * (_LANES // dim)
-            lane = plgpu.broadcasted_iota(i32, (_LANES,), 0, layout=lanes)
-            return jnp.where(lane < dim, of(first), of(first + 1))
+        def of_rows(value):
+            """``value(r)`` of the piece's row r, on the lanes of that row."""
+            y = everywhere(value(0))
+            for r in range(1, in_piece):
+                y = jnp.where(lane < r * dim, y, everywhere(value(r)))
+            return y
 
         def fetch(start):
             values = acc_gmem.at[pair, pl.ds(start, chunk), pl.ds(piece * _LANES, _LANES)]
             plgpu.copy_gmem_to_smem(values, acc_smem, ready)
             plgpu.copy_gmem_to_smem(ml_gmem.at[pair, pl.ds(start, chunk)], ml_smem, ready)
 
+        def weigh(r, largest):
+            """Lane i has the weights of the merge with split i. No weight waits for another: the largest score of the first
+            splits is the same whatever the order."""
+            before, own = everywhere(largest), everywhere(-jnp.inf)
+            for split in range(chunk):
+                value = everywhere(ml_smem[split, 0, first_row + r])
+                before = jnp.where(lane > split, jnp.maximum(before, value), before)
+                own = jnp.where(lane == split, value, own)
+            for i, x in enumerate(formula.weights(before, own)):
+                weight_smem.at[r, i][...] = x
+
         fetch(pair * 0)  # before anything is known of the position
         last = bounds_gmem[lax.div(pair, i32(groups)), bounds_gmem.shape[1] - 1]
         splits = lax.div(last, i32(SPLIT)) + 1
 
         def part(number, state):
+            acc, total, largest = state
             start = number * chunk
 
             @pl.when(number > 0)
@@ -405,10 +415,18 @@ def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, grou
 
             plgpu.barrier_wait(ready)
             here = jnp.minimum(splits - start, chunk)
+            for r in range(in_piece):
+                weigh(r, largest[r])
+            plgpu.commit_smem()
 
             def one(split, state):
-                later = load_whole(acc_smem.at[split], layout=lanes), of_rows(split, 0), of_rows(split, 1)
-                return formula.merge(state, later, spread, lanes, lanes)
+                acc, total = state
+                w1, w2 = (of_rows(lambda r, i=i: weight_smem[r, i, split]) for i in range(2))
+                values, sums = (
+                    load_whole(acc_smem.at[split], layout=lanes),
+                    of_rows(lambda r: ml_smem[split, 1, first_row + r]),
+                )
+                return formula.fma(acc, w1, values * w2, lanes), formula.fma(total, w1, sums * w2, lanes)
 
             def several(i, state):
                 for j in range(unroll):
@@ -416,11 +434,13 @@ def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, grou
                 return state
 
             full = lax.div(here, i32(unroll))
-            state = lax.fori_loop(0, full, several, state)
-            return lax.fori_loop(full * unroll, here, one, state)
+            state = lax.fori_loop(0, full, several, (acc, total))
+            acc, total = lax.fori_loop(full * unroll, here, one, state)
+            return acc, total, tuple(weight_smem[r, 2, here - 1] for r in range(in_piece))
 
-        empty = tuple(formula.full((_LANES,), value, lanes) for value in (0.0, -jnp.inf, 0.0))
+        zero = everywhere(0.0)
         parts = lax.div(splits + (chunk - 1), i32(chunk))
-        state = lax.fori_loop(0, parts, part, empty)
-        out = formula.finish(state, spread, lanes, out_gmem.dtype)
+        none = (jnp.float32(-jnp.inf),) * in_piece
+        acc, total, _ = lax.fori_loop(0, parts, part, (zero, zero, none))
+        out = formula.finish((acc, zero, total), lambda x: x, lanes, out_gmem.dtype)
         out_gmem.at[pair, pl.ds(piece * _LANES, _LANES)][...] = out
