@@ -31,8 +31,8 @@ def write_kv(
 
     Returns:
         Both caches. On a Hopper GPU one kernel writes both, in the caches' own memory if the program donates them or does not
-        use them again; a copy of them is made otherwise. XLA's operations do where types name the mesh axes that the caches
-        vary over, which no kernel takes: ``jax.shard_map(..., check_vma=False)`` names none.
+        use them again; a copy of them is made otherwise. XLA's operations do with JAX 0.10, and where types name the mesh axes
+        that the caches vary over, which no kernel takes: ``jax.shard_map(..., check_vma=False)`` names none.
 
     Guarantee: bits are copied. Not differentiable.
 
@@ -68,16 +68,18 @@ def write_kv(
                 problems.check(jnp.issubdtype(x.dtype, jnp.integer), f"{name}: {x.dtype}; use integers")
     typed = any(map(varying_axes, (k_cache, v_cache, k, v, positions)))
     if family == "sm90" and not typed:
-        from tbik_jax.kernels.hopper import call, kv_cache
+        from tbik_jax.kernels.hopper import call, compat, kv_cache
 
-        def write(
-            k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array, *table: Array
-        ) -> tuple[Array, Array]:
-            return kv_cache.write_kv(k_cache, v_cache, k, v, positions, *table or (None,))
+        if compat.CHANGES_ARRAYS:
 
-        integers = (positions,) if page_table is None else (positions, page_table)
-        found: tuple[Array, Array] = call("write_kv", write, k_cache, v_cache, k, v, integers=integers)
-        return found
+            def write(
+                k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array, *table: Array
+            ) -> tuple[Array, Array]:
+                return kv_cache.write_kv(k_cache, v_cache, k, v, positions, *table or (None,))
+
+            integers = (positions,) if page_table is None else (positions, page_table)
+            found: tuple[Array, Array] = call("write_kv", write, k_cache, v_cache, k, v, integers=integers)
+            return found
     places, rows = _places(k_cache.shape, jnp.asarray(positions), page_table)
     return _written(k_cache, k, places, rows), _written(v_cache, v, places, rows)
 

@@ -26,8 +26,9 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Family ``sm90``, its threads in NumPy."""
-    from tbik_jax.kernels.hopper import simt
+    from tbik_jax.kernels.hopper import compat, simt
     from tests.kernels import simt_numpy
 
     monkeypatch.setattr(backend, "family", lambda: "sm90")
     monkeypatch.setattr(simt, "launch", simt_numpy.launch)
+    monkeypatch.setattr(compat, "CHANGES_ARRAYS", True)  # NumPy can

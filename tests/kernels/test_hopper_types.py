@@ -85,6 +85,8 @@ def test_column_parallel(rows):
 @pytest.mark.parametrize("tree", [(2,), (8,)])
 def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
     """A prefill and a decode step on four GPUs: one mailbox a program, a kernel for every sum and the norm behind it."""
+    from tbik_jax.kernels.hopper import compat
+
     monkeypatch.setattr(collectives, "_not_direct", list)
     config = dataclasses.replace(SMALL, head_dim=64, num_heads=8, num_kv_heads=4)
     numerics = Numerics.invariant(Contract(tree=tree), algorithm="direct")
@@ -101,6 +103,7 @@ def test_a_model_whose_nodes_travel_by_mailbox(monkeypatch, tree, unroll):
         text = str(jax.make_jaxpr(step)(run._state, *given))
         # The layers are traced once, whether they are scanned or called.
         assert (text.count("name=open_mailbox"), text.count("name=sum_add_norm")) == (1, 2)
+        assert text.count("name=_write_kv") == (unroll and compat.CHANGES_ARRAYS)
 
 
 @pytest.mark.parametrize("dp, tp", [(1, 1), (3, 2)])

@@ -124,7 +124,11 @@ def test_attention_finds_them(rng):
 )
 def test_in_the_memory_of_a_donated_cache(rng):
     """In one kernel, with nothing copied."""
+    from tbik_jax.kernels.hopper import compat
+
     assert backend.family() == "sm90"
+    if not compat.CHANGES_ARRAYS:
+        pytest.skip(f"XLA writes the cache under JAX {jax.__version__}")
     shape = 4, 8, 1024, 128
     caches = tuple(jnp.asarray(words(rng, *shape, dtype="bfloat16")) for _ in range(2))
     k, v = (words(rng, 4, 1, 8, 128, dtype="bfloat16") for _ in range(2))
