@@ -27,7 +27,7 @@ demo: venv weights ## the same bits on every mesh size, on this machine's CPU
 	$(VENV)/bin/tbik-jax verify $(DEMO_ARGS)
 
 test: venv weights ## run the tests on two processes
-	$(PY) -m pytest -n 2 $(TEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 lint: venv ## ruff and mypy
 	$(PY) -m ruff check .

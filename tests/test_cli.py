@@ -47,7 +47,7 @@ def test_verify_shows_both_sides_and_writes_them(monkeypatch, capsys, tmp_path):
 def test_verify_fails_where_the_invariant_side_differs(monkeypatch, capsys):
     broken = verify.Numerics.plain
     monkeypatch.setattr(verify.Numerics, "invariant", staticmethod(lambda contract: broken(contract)))
-    status, out, _ = run(monkeypatch, capsys, "verify", *FAST, "--numerics", "invariant")
+    status, out, _ = run(monkeypatch, capsys, "verify", *FAST, "--batch-sizes", "2", "--numerics", "invariant")
     assert status == 1
     assert "differs between configurations" in out
 

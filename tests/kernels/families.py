@@ -10,7 +10,8 @@ import pytest
 from tbik_jax.kernels import backend
 
 
-@pytest.fixture(params=["here", "threads in NumPy"])
+#: No version of JAX changes what NumPy computes.
+@pytest.fixture(params=["here", pytest.param("threads in NumPy", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test in both; the family's name."""
     if request.param == "here":

@@ -248,10 +248,16 @@ def test_sums_settle_in_the_order_of_the_tree(rng, arities, leaves, sums, late):
 @interpreted
 @pytest.mark.newest
 @pytest.mark.parametrize(
-    "tiles", [Tiles(64, 2), Tiles(64, 3, out_bytes=32, turns=True), Tiles(64, 3, turns=True, end_pairs=True)]
+    "tiles, leaves, arities, m, n",
+    [
+        (Tiles(64, 2), 1, (2,), 136, 80),
+        (Tiles(64, 2), 3, (3,), 136, 80),
+        (Tiles(64, 3, out_bytes=32, turns=True), 1, (2,), 136, 80),
+        (Tiles(64, 3, out_bytes=32, turns=True), 2, (2,), 72, 96),
+        (Tiles(64, 3, turns=True, end_pairs=True), 3, (3,), 136, 80),
+    ],
 )
-@pytest.mark.parametrize("leaves, arities, m, n", [(1, (2,), 136, 80), (3, (3,), 136, 80), (2, (2,), 72, 96)])
-def test_control_flow_in_the_interpreter(rng, monkeypatch, leaves, arities, m, n, tiles):
+def test_control_flow_in_the_interpreter(rng, monkeypatch, tiles, leaves, arities, m, n):
     """Ring, tiles and chain of the kernel for many rows. The CPU's dots have other bits than the GPU's, so: values."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
     k = 328 if tiles.end_pairs else 136  # six steps, or three
