@@ -161,12 +161,17 @@ def _forward(m: Any, *refs: Any, rows: int, d: int, mean: float, eps: float, res
 
 
 def _normals(m: Any, chunks: Any, scales: Any, count: int, mean: float, eps: float) -> list[list[Any]]:
+    inverse = _inverse_of(m, chunks, count, mean, eps)
+    return [_scaled(chunk, inverse, factors) for chunk, factors in zip(chunks, scales, strict=True)]
+
+
+def _inverse_of(m: Any, chunks: Any, count: int, mean: float, eps: float) -> Any:
     squares = _sum_of_chunks(m, [[x * x for x in chunk] for chunk in chunks])
-    inverse = _inverse(m, _sum_of_lanes(m, [squares], count)[0], mean, eps)
-    return [
-        [(x * inverse) * s for x, s in zip(chunk, factors, strict=True)]
-        for chunk, factors in zip(chunks, scales, strict=True)
-    ]
+    return _inverse(m, _sum_of_lanes(m, [squares], count)[0], mean, eps)
+
+
+def _scaled(chunk: Any, inverse: Any, scale: Any) -> list[Any]:
+    return [(x * inverse) * s for x, s in zip(chunk, scale, strict=True)]
 
 
 def _forward_rotated(
@@ -206,13 +211,18 @@ def _forward_rotated(
         m.commit()
     table = m.wide(token) * (d // 2)
     angles = [[m.load(of, table + at, CHUNK, inside) for of in (cos, sin)] for at in columns[:half]]
-    factors = [m.load(scale, m.wide(at), CHUNK) for at in columns]
     for i, (base, where) in enumerate(rows):
         m.wait(len(rows) - 1 - i)
         chunks = [m.kept((i * len(columns) + c) * slots, CHUNK, x) for c in range(len(columns))]
-        normals = [m.rounded(normal, y) for normal in _normals(m, chunks, factors, count, 1.0 / d, eps)]
-        for lower, upper, at, (c, s) in zip(normals[:half], normals[half:], columns, angles, strict=False):
-            turned = [rotate(*pair) for pair in zip(lower, upper, c, s, strict=True)]
+        inverse = _inverse_of(m, chunks, count, 1.0 / d, eps)
+        for lower, upper, at, (c, s) in zip(chunks[:half], chunks[half:], columns, angles, strict=False):
+            # The scale again for every head: what of it waited in registers would leave room for three blocks instead of four.
+            places = (lower, at), (upper, at + d // 2)
+            normals = [
+                m.rounded(_scaled(chunk, inverse, m.load(scale, m.wide(place), CHUNK, again=True)), y)
+                for chunk, place in places
+            ]
+            turned = [rotate(*pair) for pair in zip(*normals, c, s, strict=True)]
             m.store(y, base + at, [a for a, _ in turned], where)
             m.store(y, base + at + d // 2, [b for _, b in turned], where)
 
