@@ -217,10 +217,9 @@ def _forward_rotated(
         inverse = _inverse_of(m, chunks, count, 1.0 / d, eps)
         for lower, upper, at, (c, s) in zip(chunks[:half], chunks[half:], columns, angles, strict=False):
             # The scale again for every head: what of it waited in registers would leave room for three blocks instead of four.
-            places = (lower, at), (upper, at + d // 2)
             normals = [
-                m.rounded(_scaled(chunk, inverse, m.load(scale, m.wide(place), CHUNK, again=True)), y)
-                for chunk, place in places
+                m.rounded(_scaled(chunk, inverse, m.load(scale, m.wide(column), CHUNK, again=True)), y)
+                for chunk, column in ((lower, at), (upper, at + d // 2))
             ]
             turned = [rotate(*pair) for pair in zip(*normals, c, s, strict=True)]
             m.store(y, base + at, [a for a, _ in turned], where)
