@@ -27,9 +27,10 @@ def has_weights() -> bool:
 
 @pytest.mark.skipif(not README.is_file(), reason="the README is not beside the tests")
 def test_the_same_numbers_on_every_mesh(capsys):
-    """The module, the ranks that one device emulates, the gradients; each goes on where the one before ended."""
+    """The module, the ranks that one device emulates, gradients, caches; each goes on where the one before ended."""
     namespace: dict[str, object] = {}
-    for which, sizes in ((0, ["1", "2", "4", "8"]), (2, ["1", "2", "3", "8"]), (3, ["1", "3", "8"])):
+    on_meshes = (0, ["1", "2", "4", "8"]), (2, ["1", "2", "3", "8"]), (3, ["1", "3", "8"])
+    for which, sizes in (*on_meshes, (4, ["prefill", "decode"])):
         exec(compile(blocks()[which], "README.md", "exec"), namespace)
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(" ", 1)[0] for line in lines] == sizes
