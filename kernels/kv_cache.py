@@ -71,14 +71,8 @@ def write_kv(
         from tbik_jax.kernels.hopper import call, compat, kv_cache
 
         if compat.CHANGES_ARRAYS:
-
-            def write(
-                k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array, *table: Array
-            ) -> tuple[Array, Array]:
-                return kv_cache.write_kv(k_cache, v_cache, k, v, positions, *table or (None,))
-
             integers = (positions,) if page_table is None else (positions, page_table)
-            found: tuple[Array, Array] = call("write_kv", write, k_cache, v_cache, k, v, integers=integers)
+            found: tuple[Array, Array] = call("write_kv", kv_cache.write_kv, k_cache, v_cache, k, v, integers=integers)
             return found
     places, rows = _places(k_cache.shape, jnp.asarray(positions), page_table)
     return _written(k_cache, k, places, rows), _written(v_cache, v, places, rows)

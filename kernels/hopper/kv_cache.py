@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def write_kv(
-    k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array, page_table: Array | None
+    k_cache: Array, v_cache: Array, k: Array, v: Array, positions: Array, page_table: Array | None = None
 ) -> tuple[Array, Array]:
     """See :func:`tbik_jax.kernels.kv_cache.write_kv`; both in one launch, in place if nobody needs the caches as they were."""
     if not k.size:

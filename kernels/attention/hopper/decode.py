@@ -426,7 +426,7 @@ def _merge(acc_gmem, ml_gmem, bounds_gmem, out_gmem, *, dim, chunk, unroll, grou
                     load_whole(acc_smem.at[split], layout=lanes),
                     of_rows(lambda r: ml_smem[split, 1, first_row + r]),
                 )
-                return formula.fma(acc, w1, values * w2, lanes), formula.fma(total, w1, sums * w2, lanes)
+                return formula.weighted(acc, w1, values, w2, lanes), formula.weighted(total, w1, sums, w2, lanes)
 
             def several(i, state):
                 for j in range(unroll):

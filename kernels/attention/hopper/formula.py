@@ -104,13 +104,18 @@ def merge(first: State, later: State, spread: Spread, layout: Any, row_layout: A
     """The state of two neighbouring ranges; the later one's products are rounded."""
     (acc1, m1, l1), (acc2, m2, l2) = first, later
     w1, w2, m = weights(m1, m2)
-    return fma(acc1, spread(w1), acc2 * spread(w2), layout), m, fma(l1, w1, l2 * w2, row_layout)
+    return weighted(acc1, spread(w1), acc2, spread(w2), layout), m, weighted(l1, w1, l2, w2, row_layout)
 
 
 def weights(m1: Array, m2: Array) -> tuple[Array, Array, Array]:
     """Of two neighbouring ranges with these largest scores; and the larger one."""
     m = jnp.maximum(m1, m2)
     return jnp.exp2(m1 - _finite(m)), jnp.exp2(m2 - _finite(m)), m
+
+
+def weighted(first: Array, w1: Array, later: Array, w2: Array, layout: Any) -> Array:
+    """What a merge makes of two sums that have these weights."""
+    return fma(first, w1, later * w2, layout)
 
 
 def finish(state: State, spread: Spread, layout: Any, dtype: Any) -> Array:
